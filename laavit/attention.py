@@ -1,0 +1,221 @@
+"""THE attention function: a gate's bias and recorded attention rows, for every decoder of transformers.
+
+It is registered with transformers as the implementation ``"laavit"`` and reads one extra keyword argument of the
+model's ``forward``, ``laavit=AttentionContext(...)``. Nothing is patched; without a context it *is* transformers' SDPA.
+
+Two things are done beside plain attention, both without an S x S map:
+
+* **Gate** (LaViT, arXiv 2601.10129, Eq. 4): ``softmax(q k^T / sqrt(d) + B) v`` with ``B = ln(gamma)`` on named
+  query -> key paths. Gated queries stand at the end of the sequence (question or answer), so the queries before the first gated one
+  go through causal SDPA over their own prefix, and only the rest pays for an explicit mask of shape [B, 1, S - start, S].
+* **Rows** (Eq. 2 and 7): the softmax rows of chosen queries alone, O(R * S), averaged over heads where they arise.
+  Under non-re-entrant gradient checkpointing the layer runs twice; the first run's rows carry the gradient and are kept.
+
+Shapes: ``B`` batch, ``S`` sequence, ``H`` heads, ``G`` query heads a key head, ``R`` recorded rows, ``D`` head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+IMPLEMENTATION = "laavit"
+
+
+@dataclass(frozen=True)
+class GatePath:
+    """Adds ``bias`` to the scores from the queries to the keys that the masks select.
+
+    Args:
+        queries: bool [B, S], the positions that look.
+        keys: bool [B, S], the positions that are looked at.
+        bias: ``ln(gamma)``; ``-inf`` closes the path, ``0`` leaves it open.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    bias: float
+
+    def __post_init__(self) -> None:
+        if self.queries.shape != self.keys.shape or self.queries.ndim != 2:
+            raise ValueError(
+                f"a gate path needs queries and keys of one shape [B, S], got {tuple(self.queries.shape)} "
+                f"and {tuple(self.keys.shape)}"
+            )
+        if math.isnan(self.bias) or self.bias > 0:
+            raise ValueError(f"a gate path's bias is ln(gamma) <= 0, got {self.bias}")
+
+
+@dataclass
+class AttentionContext:
+    """What one forward pass asks of its attention layers, and where the recorded rows come back.
+
+    Args:
+        paths: gate paths; those with ``bias == 0`` are dropped, so an open gate is bit-identical to no gate.
+        rows: long [B, R], the query positions whose softmax rows are recorded; ``-1`` pads a ragged batch.
+        layers: indices of the layers to record, negative ones count from the end (``num_layers`` is then needed);
+            ``None`` records all.
+        num_layers: the decoder's depth, to resolve negative layer indices.
+        heads: ``"mean"`` records [B, R, S] a layer, ``"each"`` records [B, H, R, S].
+    """
+
+    paths: tuple[GatePath, ...] = ()
+    rows: Tensor | None = None
+    layers: Collection[int] | None = None
+    num_layers: int | None = None
+    heads: str = "mean"
+    recorded: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.heads not in ("mean", "each"):
+            raise ValueError(f"heads is 'mean' or 'each', got {self.heads!r}")
+        self.paths = tuple(path for path in self.paths if path.bias != 0.0 and bool(path.queries.any()))
+        # The one host synchronisation of a forward pass: where the first gated query of the batch stands.
+        self.start = min((int(path.queries.any(0).float().argmax()) for path in self.paths), default=0)
+        if self.layers is not None:
+            if any(layer < 0 for layer in self.layers) and self.num_layers is None:
+                raise ValueError("negative layer indices need num_layers")
+            depth = self.num_layers or 0
+            self.layers = frozenset(layer + depth if layer < 0 else layer for layer in self.layers)
+            outside = [layer for layer in self.layers if layer < 0 or (self.num_layers is not None and layer >= depth)]
+            if outside:
+                raise ValueError(f"layers {sorted(outside)} lie outside a decoder of {depth} layers")
+
+    def mean_rows(self) -> Tensor:
+        """The recorded rows averaged over the recorded layers (Eq. 2's mean over l and h): [B, R, S] or [B, H, R, S]."""
+        if not self.recorded:
+            raise RuntimeError("no attention rows were recorded: the decoder does not run the 'laavit' implementation")
+        return torch.stack(list(self.recorded.values())).mean(0)
+
+    def wants(self, layer: int) -> bool:
+        return self.rows is not None and (self.layers is None or layer in self.layers)
+
+    def bias_at(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The summed bias of all paths for the given queries [B, Q] -> [B, 1, Q, S]; None where there is no path."""
+        total = None
+        for path in self.paths:
+            on = path.queries.gather(1, positions)[:, :, None] & path.keys[:, None, :]
+            bias = torch.zeros(on.shape, dtype=dtype, device=on.device).masked_fill_(on, path.bias)
+            total = bias if total is None else total + bias
+        return None if total is None else total[:, None]
+
+    def suffix_mask(self, mask: Tensor | None, query: Tensor) -> Tensor:
+        """Causal mask plus bias for the queries from ``start`` on, [B, 1, S - start, S]; built once a forward pass."""
+        key = id(mask)
+        if key not in self._masks:
+            batch, _, length, _ = query.shape
+            positions = torch.arange(self.start, length, device=query.device).expand(batch, -1)
+            bias = self.bias_at(positions, query.dtype)
+            assert bias is not None, "suffix_mask is called with gate paths only"
+            # The mask is kept beside its id, so that the id cannot be reused by another tensor.
+            self._masks[key] = (mask, _allowed(mask, positions, length, query.dtype) + bias)
+        return self._masks[key][1]
+
+
+def _allowed(mask: Tensor | None, positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """The additive mask of the given queries: 0 where they may look, -inf elsewhere: [B or 1, 1, Q, S]."""
+    if mask is None:
+        causal = torch.arange(length, device=positions.device) <= positions[:, None, :, None]
+        return torch.zeros(causal.shape, dtype=dtype, device=positions.device).masked_fill_(~causal, -math.inf)
+    batch, heads = positions.shape[0], mask.shape[1]
+    mask = mask.expand(batch, heads, *mask.shape[2:])[..., :length]
+    picked = mask.gather(2, positions[:, None, :, None].expand(batch, heads, -1, length))
+    if picked.dtype == torch.bool:
+        return torch.zeros(picked.shape, dtype=dtype, device=picked.device).masked_fill_(~picked, -math.inf)
+    return picked.to(dtype)
+
+
+def attention_rows(
+    query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None, bias: Tensor | None, scaling: float
+) -> Tensor:
+    """Softmax rows of chosen queries (Eq. 2's A^{(l,h)}_{i,j} for i in ``rows``), without the full map.
+
+    Args:
+        query: [B, H, S, D]. key: [B, H / G, S, D]. rows: long [B, R], no negative entries.
+        mask: the model's mask, bool or additive, [B or 1, 1, S, S]; None means causal.
+        bias: additive [B, 1, R, S] or None.
+        scaling: the score's factor, usually 1 / sqrt(D).
+
+    Returns: [B, H, R, S]; at least float32.
+    """
+    batch, heads, _, width = query.shape
+    key_heads, length = key.shape[1], key.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    picked = query.gather(2, rows[:, None, :, None].expand(batch, heads, -1, width))
+    grouped = picked.reshape(batch, key_heads, -1, width)  # [B, H/G, G*R, D]: the keys are not repeated
+    scores = (grouped @ key.transpose(-1, -2)).to(dtype) * scaling
+    scores = scores.reshape(batch, heads, -1, length) + _allowed(mask, rows, length, dtype)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(-1)
+
+
+def laavit_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    laavit: AttentionContext | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface with a gate and recorded rows; see the module's docstring.
+
+    Args:
+        query: [B, H, S, D]. key, value: [B, H / G, S, D]. attention_mask: as transformers makes it, or None (causal).
+        laavit: the context of this forward pass; None is plain SDPA.
+
+    Raises:
+        ValueError: a gate or a recording is asked for while keys come from a cache (queries and keys differ in length).
+    """
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs  # type: ignore[arg-type]
+        )[0]
+
+    if laavit is None or not (laavit.paths or laavit.rows is not None):
+        return plain(query, key, value, attention_mask), None
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"gate and recording work on whole sequences, got {query.shape[2]} queries for {key.shape[2]} keys: "
+            "run the forward pass without a key-value cache"
+        )
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if laavit.wants(layer):
+        assert laavit.rows is not None
+        rows = laavit.rows.clamp(min=0)
+        factor = scaling if scaling is not None else query.shape[-1] ** -0.5
+        bias = laavit.bias_at(rows, torch.promote_types(query.dtype, torch.float32))
+        weights = attention_rows(query, key, rows, attention_mask, bias, factor)
+        # A recomputed layer must save the same tensors, so the rows are always computed; the first ones are kept.
+        laavit.recorded.setdefault(layer, weights.mean(1) if laavit.heads == "mean" else weights)
+    if not laavit.paths:
+        return plain(query, key, value, attention_mask), None
+    start = laavit.start
+    after = plain(query[:, :, start:], key, value, laavit.suffix_mask(attention_mask, query))
+    if start == 0:
+        return after, None
+    prefix = attention_mask[:, :, :start, :start] if attention_mask is not None else None
+    before = plain(query[:, :, :start], key[:, :, :start], value[:, :, :start], prefix)
+    return torch.cat([before, after], dim=1), None
+
+
+def register() -> str:
+    """Register the implementation with transformers (idempotent) and return its name."""
+    AttentionInterface.register(IMPLEMENTATION, laavit_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    return IMPLEMENTATION
+
+
+register()

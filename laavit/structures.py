@@ -1,0 +1,150 @@
+"""The things that flow: Sample -> Trace -> Encoded -> Batch -> StudentOutput, and the legend of shape letters.
+
+Shape letters, used in every signature and docstring of the library:
+
+    B  batch            S  sequence length      N  image tokens of one sample (all its images, in order)
+    K  latent tokens    H  attention heads      L  layers
+    D  width            R  recorded rows        M  answer tokens (the separator's prediction included)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class Role(IntEnum):
+    """What a position of the sequence is; every position is exactly one of these."""
+
+    OTHER = 0  # system prompt, chat markup, padding
+    IMAGE = 1
+    QUESTION = 2
+    LATENT = 3
+    ANSWER = 4  # the separator after the latents (its query predicts the first answer token) and the answer
+
+
+@dataclass(frozen=True)
+class Box:
+    """A region of one image: normalised corners, 0 <= x1 < x2 <= 1, and the image's index within the sample."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    image: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one or more images. ``id`` is unique within a data set; ``source`` is the set it came from."""
+
+    id: str
+    images: tuple[Path, ...]
+    question: str
+    answer: str
+    boxes: tuple[Box, ...] = ()
+    source: str = ""
+    split: str = "train"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one image's tokens stand: positions ``start .. start + height * width``, row by row over its grid."""
+
+    start: int
+    height: int
+    width: int
+    image: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.height * self.width
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a teacher left behind for one sample.
+
+    Args:
+        sample_id: the sample it belongs to.
+        answer: the teacher's own greedy answer.
+        grids: (height, width) of each image in the teacher's tokens.
+        gaze: float32 [N_t], A_traj of Eq. 3 before sparsification, all images in order (N_t teacher image tokens).
+        semantics: float32 [D_t], V_sem pooled as the extraction's settings say.
+        mass: share of the recorded rows' attention that falls on image tokens at all, in [0, 1].
+        verdicts: a filter's name -> whether the sample passes it.
+        scores: a filter's name -> the figure behind the verdict (for example the attention mass inside the boxes).
+    """
+
+    sample_id: str
+    answer: str
+    grids: tuple[tuple[int, int], ...]
+    gaze: Tensor
+    semantics: Tensor
+    mass: float
+    verdicts: Mapping[str, bool] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as token ids, made by the one sequence builder (laavit/backbones/chat.py).
+
+    Args:
+        input_ids: long [S]. roles: uint8 [S] of Role. labels: long [S], the token each position is asked to predict
+            (already shifted: labels[i] is compared with the logits at i), -100 elsewhere.
+        spans: one Span an image. position_ids: long [3, S] or [S], or None where the family needs none.
+        header: positions of the assistant's header, (start, stop); its last one predicts what follows.
+        vision: the processor's vision tensors (pixel_values, image_grid_thw, ...), or empty where features are cached.
+        features: cached image features [N, D], or None.
+        sample: what it was made from.
+    """
+
+    input_ids: Tensor
+    roles: Tensor
+    labels: Tensor
+    spans: tuple[Span, ...]
+    position_ids: Tensor | None
+    header: tuple[int, int]
+    vision: Mapping[str, Tensor]
+    sample: Sample
+    features: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """Right-padded samples; no attention mask is needed, since a causal decoder never looks ahead into the padding."""
+
+    input_ids: Tensor  # long [B, S]
+    roles: Tensor  # uint8 [B, S]
+    labels: Tensor  # long [B, S], shifted, -100 where nothing is asked
+    position_ids: Tensor | None  # long [3, B, S] or [B, S]
+    spans: list[tuple[Span, ...]]
+    headers: list[tuple[int, int]]
+    vision: dict[str, Tensor]
+    samples: list[Sample]
+    features: list[Tensor] | None = None
+    traces: list[Trace] | None = None
+
+
+@dataclass
+class StudentOutput:
+    """What a student's forward gives: hidden states everywhere, logits only where labels are, rows where asked.
+
+    Args:
+        hidden: [B, S, D], after the decoder's final norm.
+        logits: [M, V] at the labelled positions of the whole batch, in row-major order. labels: long [M].
+        rows: recorded attention rows by layer, [B, R, S] each. row_positions: long [B, R], -1 pads.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    labels: Tensor
+    rows: dict[int, Tensor]
+    row_positions: Tensor | None
