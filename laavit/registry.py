@@ -52,6 +52,11 @@ GATES = Kind("gate", scope="laavit", locations=["laavit.gates"])
 DATASETS = Kind("data", scope="laavit", locations=["laavit.data"])
 FILTERS = Kind("filter", scope="laavit", locations=["laavit.traces.filters"])
 INTERVENTIONS = Kind("intervention", scope="laavit", locations=["laavit.evaluation.interventions"])
+SETTINGS = Kind(
+    "section",
+    scope="laavit",
+    locations=["laavit.backbones", "laavit.data", "laavit.teachers", "laavit.engine", "laavit.evaluation"],
+)
 FAMILIES = Kind("family", scope="laavit", locations=["laavit.backbones.families"])
 
 #: folder of ``registry/`` -> registry; the recipe's key of a single component has the folder's singular name.

@@ -10,11 +10,12 @@ Shape letters, used in every signature and docstring of the library:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -75,9 +76,10 @@ class Trace:
         sample_id: the sample it belongs to.
         answer: the teacher's own greedy answer.
         grids: (height, width) of each image in the teacher's tokens.
-        gaze: float32 [N_t], A_traj of Eq. 3 before sparsification, all images in order (N_t teacher image tokens).
+        gaze: float32 [N_t], S_j of Eq. 2, all images in order (N_t teacher image tokens): attention mass a token, not
+            yet scaled (Eq. 3) or sparsified, so that shares of mass can be read off it.
         semantics: float32 [D_t], V_sem pooled as the extraction's settings say.
-        mass: share of the recorded rows' attention that falls on image tokens at all, in [0, 1].
+        mass: share of the recorded rows' attention that falls on image tokens at all (the sum of ``gaze``), in [0, 1].
         verdicts: a filter's name -> whether the sample passes it.
         scores: a filter's name -> the figure behind the verdict (for example the attention mass inside the boxes).
     """
@@ -130,7 +132,21 @@ class Batch:
     vision: dict[str, Tensor]
     samples: list[Sample]
     features: list[Tensor] | None = None
-    traces: list[Trace] | None = None
+    targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # target's name -> what it prepared, padded
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with every tensor on a device."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, dict):
+                return {key: move(item) for key, item in value.items()}
+            if isinstance(value, list) and value and isinstance(value[0], Tensor):
+                return [move(item) for item in value]
+            return value
+
+        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass
@@ -140,11 +156,13 @@ class StudentOutput:
     Args:
         hidden: [B, S, D], after the decoder's final norm.
         logits: [M, V] at the labelled positions of the whole batch, in row-major order. labels: long [M].
-        rows: recorded attention rows by layer, [B, R, S] each. row_positions: long [B, R], -1 pads.
+        rows: recorded attention rows by layer, [B, R, S] each.
+        row_positions: the query positions of each kind of row, long [B, R_kind], -1 pads; the kinds stand in ``rows``
+            one after another in this order.
     """
 
     hidden: Tensor
     logits: Tensor
     labels: Tensor
-    rows: dict[int, Tensor]
-    row_positions: Tensor | None
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    row_positions: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,178 @@
+"""A Hugging Face vision-language model and its processor, opened the same way as teacher, student or baseline."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from laavit.attention import IMPLEMENTATION, AttentionContext
+from laavit.backbones.chat import IGNORED, PromptSettings, SequenceBuilder
+from laavit.backbones.families import family_of
+from laavit.recipe import zoo_path
+from laavit.registry import UserError, nearest
+from laavit.structures import Batch, Encoded, Role
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise UserError(f"no dtype is called '{name}'; {nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+class Backbone:
+    """A model with its processor and its family's geometry.
+
+    Args:
+        model: the Hugging Face model. processor: its processor.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self.family = family_of(model.config)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str, dtype: str = "float32", device: str = "cpu", attention: str = IMPLEMENTATION) -> Backbone:
+        """A folder, a hub name or ``zoo:NAME`` as a backbone; its text decoder runs laavit's attention function.
+
+        Raises:
+            UserError: no model can be read there.
+        """
+        place = zoo_path(path)
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                place,
+                dtype=dtype_of(dtype),
+                attn_implementation={"text_config": attention, "vision_config": "sdpa"},
+            )
+            processor = AutoProcessor.from_pretrained(place)
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise UserError(f"no vision-language model can be read from '{path}': {str(error).splitlines()[0]}") from None
+        return cls(model.to(device), processor)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers, L."""
+        return int(self.model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
+
+    @property
+    def width(self) -> int:
+        """Width of the decoder's hidden states, D."""
+        return int(self.model.config.get_text_config().hidden_size)  # type: ignore[union-attr, operator]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def builder(self, prompt: PromptSettings, latents: int = 0) -> SequenceBuilder:
+        return SequenceBuilder(self.processor, self.family, prompt, latents)
+
+    def forward(self, batch: Batch, context: AttentionContext | None = None) -> Tensor:
+        """Hidden states after the decoder's final norm: [B, S, D].
+
+        Right-padded batches need no attention mask: a causal decoder never looks ahead into the padding.
+        """
+        if batch.features is not None:
+            grids = {k: v for k, v in batch.vision.items() if k != "pixel_values"}
+            vision = grids | self.family.feature_inputs([f.to(self.device) for f in batch.features])
+        else:
+            vision = dict(batch.vision)
+        output = self.model.model(  # type: ignore[operator]
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, laavit=context, **vision
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits of chosen states: [..., D] -> [..., V]."""
+        return self.model.get_output_embeddings()(hidden)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Encoded], max_new_tokens: int, repetition_penalty: float = 1.0) -> list[str]:
+        """Greedy answers to generation prompts, one text each; prompts are left-padded into one batch."""
+        length = max(len(p.input_ids) for p in prompts)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.full((len(prompts), length), pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt.input_ids) :] = prompt.input_ids
+            mask[row, length - len(prompt.input_ids) :] = 1
+        inputs: dict[str, Any] = self.family.batch([p.vision for p in prompts])
+        if prompts[0].features is not None:
+            features = [f.to(self.device) for p in prompts for f in p.features or ()]
+            inputs = {k: v for k, v in inputs.items() if k != "pixel_values"} | self.family.feature_inputs(features)
+        types = (ids == self.family.image_token_id).int()
+        inputs |= {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
+        inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        out = self.model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=repetition_penalty,
+            temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=self.tokenizer.eos_token_id,
+        )  # fmt: skip
+        return [t.strip() for t in self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the weights, independent of the file they came from."""
+        return digest_of(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder: configuration, weights, generation settings, processor."""
+        self.model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+        self.processor.save_pretrained(folder)
+
+
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 over a module's parameters and buffers, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(serialise({"t": tensor.detach().cpu().contiguous()}))
+    return digest.hexdigest()
+
+
+def collate(items: Sequence[Encoded], family: Any, pad: int) -> Batch:
+    """Right-pad samples into one batch.
+
+    Args:
+        items: encoded samples, all with cached features or all without. family: their model family. pad: padding token id.
+    """
+    length = max(len(item.input_ids) for item in items)
+
+    def padded(tensors: Sequence[Tensor], fill: int) -> Tensor:
+        out = tensors[0].new_full((len(tensors), *tensors[0].shape[:-1], length), fill)
+        for row, tensor in enumerate(tensors):
+            out[row, ..., : tensor.shape[-1]] = tensor
+        return out
+
+    positions = None
+    if items[0].position_ids is not None:
+        positions = padded([item.position_ids for item in items if item.position_ids is not None], 0)
+        if positions.ndim == 3:
+            positions = positions.transpose(0, 1)  # the family's [3, S] become [3, B, S]
+    features = None
+    if items[0].features is not None:
+        features = [item.features for item in items if item.features is not None]
+        if len(features) != len(items):
+            raise ValueError("a batch mixes samples with and without cached image features")
+    return Batch(
+        input_ids=padded([item.input_ids for item in items], pad),
+        roles=padded([item.roles for item in items], int(Role.OTHER)),
+        labels=padded([item.labels for item in items], IGNORED),
+        position_ids=positions,
+        spans=[item.spans for item in items],
+        headers=[item.header for item in items],
+        vision=family.batch([item.vision for item in items]),
+        samples=[item.sample for item in items],
+        features=features,
+    )

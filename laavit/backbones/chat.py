@@ -1,0 +1,167 @@
+"""The sequence contract: ``[system, user(image, question), assistant: <latents> answer]``, built in this one place.
+
+Training, trace extraction, generation and evaluation all read sequences from here. Latents stand at the end of the generation
+prompt, followed by a separator: the last latent predicts the separator, the separator predicts the first answer token, so that a
+gate on answer positions reaches one-word answers too (the last latent itself always sees the image).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from laavit.latents import latent_tokens
+from laavit.registry import SETTINGS, UserError
+from laavit.structures import Encoded, Role, Sample
+
+IGNORED = -100
+ORDERS = ("image_first", "question_first")
+
+
+@SETTINGS.register_module(name="prompt")
+@dataclass(frozen=True)
+class PromptSettings:
+    """How a question is put.
+
+    Args:
+        system: the system prompt (App. C.3: an expert that handles visual information through latent tokens, in our wording).
+        order: 'image_first', or 'question_first' (then the image's states can depend on the question).
+        suffix: text after the question, for example a request to answer in one word.
+    """
+
+    system: str = (
+        "You are an expert multimodal assistant. Before you answer, you work through the visual evidence in a few "
+        "specialised latent tokens, so that what you perceive and what you reason in words stay aligned."
+    )
+    order: str = "image_first"
+    suffix: str = ""
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise UserError(f"prompt.order: got '{self.order}'; allowed: {', '.join(ORDERS)}")
+
+
+def open_image(path: Any) -> Image.Image:
+    """An RGB image, upright as its EXIF data say.
+
+    Raises:
+        UserError: the file is missing or is no readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"the image '{path}' cannot be read: {error}") from None
+
+
+def messages(sample: Sample, prompt: PromptSettings) -> list[dict[str, Any]]:
+    """The chat of one sample, without the answer, in transformers' message format."""
+    pictures: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
+    text = [{"type": "text", "text": sample.question + prompt.suffix}]
+    content = pictures + text if prompt.order == "image_first" else text + pictures
+    system = [{"role": "system", "content": [{"type": "text", "text": prompt.system}]}] if prompt.system else []
+    return [*system, {"role": "user", "content": content}]
+
+
+class SequenceBuilder:
+    """Samples to token sequences with a role for every position.
+
+    Args:
+        processor: the model's processor, its tokenizer already holding the latent tokens.
+        family: the model family's geometry.
+        prompt: how the question is put.
+        latents: K, the number of latent tokens; 0 writes neither latents nor a separator.
+
+    Raises:
+        UserError: the tokenizer does not hold the latent tokens.
+    """
+
+    def __init__(self, processor: Any, family: Any, prompt: PromptSettings, latents: int = 0) -> None:
+        self.processor, self.family, self.prompt, self.latents = processor, family, prompt, latents
+        tokenizer = processor.tokenizer
+        self.latent_ids: list[int] = tokenizer.convert_tokens_to_ids(latent_tokens(latents))
+        missing = [t for t, i in zip(latent_tokens(latents), self.latent_ids) if i in (None, tokenizer.unk_token_id)]
+        if missing:
+            raise UserError(f"the tokenizer does not hold {', '.join(missing)}: add the latents to the student first")
+
+    def prompt_of(self, sample: Sample, images: Sequence[Image.Image] | None = None) -> Encoded:
+        """One sample as a generation prompt: everything up to where the answer begins, latents included.
+
+        Args:
+            sample: image paths and question. images: already opened images, in place of the sample's paths.
+
+        Raises:
+            UserError: a broken image.
+        """
+        pictures = list(images) if images is not None else [open_image(path) for path in sample.images]
+        chat = messages(sample, self.prompt)
+        open_turn = self.processor.apply_chat_template(chat, add_generation_prompt=False, tokenize=False)
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        text = text.removesuffix("".join(latent_tokens(self.latents)))  # an exported template writes them itself
+        output = self.processor(text=[text], images=pictures or None, return_tensors="pt")
+        chat_ids: Tensor = output["input_ids"][0]
+        vision = {key: output[key] for key in self.family.vision_keys if key in output}
+        input_ids = torch.cat([chat_ids, torch.tensor(self.latent_ids, dtype=torch.long)])
+
+        roles = torch.full(input_ids.shape, int(Role.OTHER), dtype=torch.uint8)
+        spans = self.family.spans(input_ids, vision)
+        begin, end = self._question(sample, text, len(chat_ids))
+        roles[begin:end] = Role.QUESTION
+        for span in spans:
+            roles[span.start : span.stop] = Role.IMAGE
+        roles[len(chat_ids) : len(chat_ids) + self.latents] = Role.LATENT
+        roles[len(chat_ids) + self.latents :] = Role.ANSWER
+        tail = self.processor.tokenizer.encode(text[len(open_turn) :], add_special_tokens=False)
+        return Encoded(
+            input_ids=input_ids,
+            roles=roles,
+            labels=torch.full(input_ids.shape, IGNORED),
+            spans=spans,
+            position_ids=self.family.positions(input_ids, vision),
+            header=(len(chat_ids) - len(tail), len(chat_ids)),
+            vision=vision,
+            sample=sample,
+        )
+
+    def with_answer(self, prompt: Encoded, answer: str) -> Encoded:
+        """A prompt continued by an answer and the end-of-turn token, all of it to be learned."""
+        tokenizer = self.processor.tokenizer
+        learned = torch.tensor([*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id])
+        input_ids = torch.cat([prompt.input_ids, learned])
+        labels = torch.full(input_ids.shape, IGNORED)
+        labels[len(prompt.input_ids) - 1 : -1] = learned
+        return replace(
+            prompt,
+            input_ids=input_ids,
+            roles=torch.cat([prompt.roles, torch.full(learned.shape, int(Role.ANSWER), dtype=torch.uint8)]),
+            labels=labels,
+            position_ids=self.family.extend(prompt.position_ids, len(learned)),
+        )
+
+    def encode(self, sample: Sample, answer: str) -> Encoded:
+        """One sample with its answer, for training: ``with_answer(prompt_of(sample), answer)``."""
+        return self.with_answer(self.prompt_of(sample), answer)
+
+    def _question(self, sample: Sample, text: str, length: int) -> tuple[int, int]:
+        """Positions of the question's own tokens, (start, stop).
+
+        The text before the image (question first) or after it (image first) is tokenised the same whether the image's
+        placeholder is expanded or not, so the question is counted from that end of the prompt.
+        """
+        question = sample.question + self.prompt.suffix
+        found = [match.start() for match in re.finditer(re.escape(question), text)]
+        if not found:
+            raise UserError(f"sample '{sample.id}': the chat template changed the question '{question[:80]}'")
+        begin = found[-1]
+        encoding = self.processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        offsets = encoding["offset_mapping"]
+        inside = [i for i, (a, b) in enumerate(offsets) if b > begin and a < begin + len(question) and b > a]
+        if self.prompt.order == "question_first":
+            return inside[0], inside[-1] + 1
+        return length - (len(offsets) - inside[0]), length - (len(offsets) - inside[-1] - 1)

@@ -1,0 +1,118 @@
+"""Where the image is: the one place that knows a model family's geometry.
+
+A family turns the processor's output into spans, positions and features. Boxes, gaze, gates and plots use
+spans only. Registered under the Hugging Face ``model_type``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from laavit.registry import FAMILIES, UserError, nearest
+from laavit.structures import Span
+
+
+@FAMILIES.register_module(name="qwen2_5_vl")
+class QwenVL:
+    """Qwen2-VL and Qwen2.5-VL: one span an image, h * w patches merged by ``spatial_merge_size`` squared; M-RoPE.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    #: the processor's outputs that the vision tower reads
+    vision_keys = ("pixel_values", "image_grid_thw")
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.image_token_id: int = config.image_token_id
+        self.merge: int = config.vision_config.spatial_merge_size
+        # get_rope_index reads the configuration only; a one-layer copy without storage serves data workers.
+        small = copy.deepcopy(config)
+        small.text_config.num_hidden_layers = 1
+        small.text_config.layer_types = small.text_config.layer_types[:1]
+        small.vision_config.depth = 1
+        with torch.device("meta"):
+            self._geometry = AutoModel.from_config(small)
+
+    def spans(self, input_ids: Tensor, vision: Mapping[str, Tensor]) -> tuple[Span, ...]:
+        """Image tokens of one sequence [S] as one Span an image.
+
+        Raises:
+            ValueError: the number of image tokens differs from what the grids say.
+        """
+        positions = (input_ids == self.image_token_id).nonzero().flatten().tolist()
+        grids = vision["image_grid_thw"].tolist() if "image_grid_thw" in vision else []
+        expected = sum(t * h * w // self.merge**2 for t, h, w in grids)
+        if len(positions) != expected:
+            raise ValueError(f"{len(positions)} image tokens in the sequence, {expected} in the image grids {grids}")
+        spans, offset = [], 0
+        for index, (_, height, width) in enumerate(grids):
+            span = Span(positions[offset], height // self.merge, width // self.merge, index)
+            offset += span.height * span.width
+            if positions[offset - 1] != span.stop - 1:
+                raise ValueError(f"the tokens of image {index} are not contiguous")
+            spans.append(span)
+        return tuple(spans)
+
+    def positions(self, input_ids: Tensor, vision: Mapping[str, Tensor]) -> Tensor:
+        """M-RoPE positions of one sequence: long [3, S]."""
+        types = (input_ids == self.image_token_id).int()
+        positions, _ = self._geometry.get_rope_index(
+            input_ids[None], mm_token_type_ids=types[None], image_grid_thw=vision.get("image_grid_thw")
+        )
+        return positions[:, 0]
+
+    @staticmethod
+    def extend(positions: Tensor, count: int) -> Tensor:
+        """Positions of a sequence that goes on with ``count`` text tokens: [3, S] -> [3, S + count]."""
+        more = positions.max() + 1 + torch.arange(count)
+        return torch.cat([positions, more.expand(3, -1)], dim=1)
+
+    @staticmethod
+    def batch(vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Vision tensors of several samples as one input of the tower."""
+        keys = {key for item in vision for key in item}
+        return {key: torch.cat([item[key] for item in vision if key in item]) for key in sorted(keys)}
+
+    @staticmethod
+    def image_features(model: nn.Module, vision: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the language model reads in place of the image tokens: [N_i, D] an image."""
+        return tuple(model.model.get_image_features(vision["pixel_values"], vision["image_grid_thw"]).pooler_output)
+
+    @staticmethod
+    def feature_inputs(features: Sequence[Tensor]) -> dict[str, Any]:
+        """Forward arguments that hand over cached features in place of pixels."""
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(features))}}
+
+    @staticmethod
+    def vision_tower(model: nn.Module) -> nn.Module:
+        return model.model.visual
+
+    @staticmethod
+    def decoder(model: nn.Module) -> nn.Module:
+        return model.model.language_model
+
+
+FAMILIES.register_module(name="qwen2_vl", module=QwenVL)
+
+
+def family_of(config: PreTrainedConfig) -> QwenVL:
+    """The family of a model's configuration.
+
+    Raises:
+        UserError: laavit does not know where this family keeps its image tokens.
+    """
+    kind = FAMILIES.get(config.model_type)
+    if kind is None:
+        raise UserError(
+            f"the model is of type '{config.model_type}', and laavit does not know where it keeps its image tokens; "
+            f"{nearest(config.model_type, FAMILIES.module_dict)}"
+        )
+    return kind(config)

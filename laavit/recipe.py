@@ -1,0 +1,296 @@
+"""A recipe: read ``cfg.py``, apply overrides, resolve names, check every argument, build.
+
+A recipe is an mmengine Config of plain data (``_base_`` works as usual). Its keys are
+
+* components: ``student``, ``teacher``, ``latents``, ``gate``, ``data``, and the mappings ``targets`` and ``filters``.
+  Each is ``dict(name='cosine', warmup=200)``, where ``name`` is ``registry/<kind>/<name>.yaml``, or
+  ``dict(type='MyGate', ...)`` for a registered class; a bare string is a name; ``None`` leaves the part out;
+* settings: ``prompt``, ``traces``, ``extract``, ``train``, ``eval``: dataclasses registered in ``SETTINGS``;
+* ``seed``, ``title``, ``custom_imports`` (modules or files beside the recipe, executed: only run recipes you trust).
+
+Everything is checked against the signatures with jsonargparse before anything is built.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from mmengine.config import Config
+
+from laavit.paths import project_data
+from laavit.registry import KINDS, SETTINGS, Kind, UserError, nearest
+
+#: recipe key -> folder of ``registry/``
+COMPONENTS = {"student": "students", "teacher": "teachers", "latents": "latents", "gate": "gates", "data": "data"}
+MAPPINGS = {"targets": "targets", "filters": "filters"}
+SECTIONS = ("prompt", "traces", "extract", "train", "eval")
+PLAIN = {"seed": int, "title": str}
+IMPORTS = "custom_imports"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One file of ``registry/``: a name for a class with arguments."""
+
+    kind: str
+    name: str
+    type: str
+    args: Mapping[str, Any]
+    description: str
+    source: str
+
+
+@lru_cache
+def cards(kind: str) -> Mapping[str, Card]:
+    """All named parts of a kind (a folder of ``registry/``), by name.
+
+    Raises:
+        UserError: the kind does not exist, or a file of it lacks ``type`` or ``description``.
+    """
+    if kind not in KINDS:
+        raise UserError(f"no kind of component is called '{kind}'; {nearest(kind, KINDS)}")
+    found = {}
+    for path in sorted((project_data("registry") / kind).glob("*.yaml")):
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        missing = [key for key in ("type", "description", "source") if key not in (data or {})]
+        if missing:
+            raise UserError(f"{path.name} in registry/{kind} lacks {', '.join(missing)}")
+        found[path.stem] = Card(kind, path.stem, data["type"], data.get("args", {}), data["description"], data["source"])
+    return found
+
+
+def zoo_path(path: str) -> str:
+    """``zoo:microlab/teacher`` -> the folder of the shipped model zoo; any other string is returned as it is."""
+    return str(project_data("model_zoo") / path.removeprefix("zoo:")) if path.startswith("zoo:") else path
+
+
+def resolve(key: str, kind: str, spec: object) -> dict[str, Any]:
+    """A component of a recipe -> ``dict(type=..., **arguments)`` with names looked up, arguments not yet checked.
+
+    Raises:
+        UserError: naming the recipe's key, what was given, what is allowed and the nearest name.
+    """
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        raise UserError(f"{key}: got {spec!r}; a component is a name or dict(name=..., arguments)")
+    args = {k: v for k, v in spec.items() if k not in ("name", "type")}
+    if ("name" in spec) == ("type" in spec):
+        raise UserError(f"{key}: got {dict(spec)!r}; a component has either 'name' (in registry/{kind}) or 'type' (a class)")
+    if "type" in spec:
+        return {"type": spec["type"], **args}
+    known = cards(kind)
+    if spec["name"] not in known:
+        raise UserError(f"{key}: no {KINDS[kind].name} is called '{spec['name']}'; {nearest(spec['name'], known)}")
+    card = known[spec["name"]]
+    return {"type": card.type, **copy.deepcopy(dict(card.args)), **args}
+
+
+def checked(key: str, cls: type, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a class with its defaults filled in, names and types checked by jsonargparse.
+
+    Raises:
+        UserError: an unknown name, a wrong type or a missing argument, in one line that starts with the recipe's key.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "c")
+    allowed = [
+        name for name, p in inspect.signature(cls).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    for name in args:
+        if name not in allowed:
+            raise UserError(f"{key}.{name}: {cls.__name__} takes no '{name}'; {nearest(name, allowed)}")
+    try:
+        return parser.parse_object({"c": dict(args)}).as_dict().get("c", {})
+    except ArgumentError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        text = " ".join(lines).replace('Parser key "c.', f'"{key}.').replace('"c.', f'"{key}.')
+        raise UserError(f"{key}: {text}") from None
+
+
+class Recipe:
+    """A resolved and checked recipe; ``config`` is plain data with every default written out.
+
+    Args:
+        config: the raw mapping, as read from the file with overrides applied.
+        path: the file it came from, for messages and for files named beside it.
+    """
+
+    def __init__(self, config: Mapping[str, Any], path: Path | None = None) -> None:
+        self.path = path
+        raw = {key: value for key, value in config.items() if key != IMPORTS}
+        allowed = [*COMPONENTS, *MAPPINGS, *SECTIONS, *PLAIN, IMPORTS]
+        for key in raw:
+            if key not in allowed:
+                raise UserError(f"{key}: no such key in a recipe; {nearest(key, allowed)}")
+        self.config: dict[str, Any] = {"seed": 0, "title": path.stem if path else ""}
+        for key, kind in PLAIN.items():
+            if key in raw:
+                if not isinstance(raw[key], kind) or isinstance(raw[key], bool):
+                    raise UserError(f"{key}: expected {kind.__name__}, got {raw[key]!r}")
+                self.config[key] = raw[key]
+        for key, kind_name in COMPONENTS.items():
+            self.config[key] = self._component(key, kind_name, raw.get(key))
+        for key, kind_name in MAPPINGS.items():
+            given = raw.get(key) or {}
+            if not isinstance(given, Mapping):
+                raise UserError(f"{key}: expected dict(NAME=component, ...), got {given!r}")
+            parts = {name: self._component(f"{key}.{name}", kind_name, spec) for name, spec in given.items()}
+            self.config[key] = {name: part for name, part in parts.items() if part is not None}
+        for key in SECTIONS:
+            given = raw.get(key) or {}
+            if not isinstance(given, Mapping):
+                raise UserError(f"{key}: expected dict(setting=value, ...), got {given!r}")
+            self.config[key] = checked(key, SETTINGS.find(key), given)
+        if IMPORTS in config:
+            self.config[IMPORTS] = config[IMPORTS]
+
+    @staticmethod
+    def _component(key: str, kind: str, spec: object) -> dict[str, Any] | None:
+        if spec is None:
+            return None
+        resolved = resolve(key, kind, spec)
+        type_name = resolved.pop("type")
+        cls = _find(key, KINDS[kind], type_name)
+        return {"type": type_name, **checked(key, cls, resolved)}
+
+    def build(self, key: str) -> Any:
+        """The object of a component (``gate``), of one entry (``targets.concept``), or of a settings section.
+
+        Raises:
+            UserError: the recipe leaves this part out.
+        """
+        if key in SECTIONS:
+            return SETTINGS.find(key)(**copy.deepcopy(self.config[key]))
+        head, _, tail = key.partition(".")
+        spec = self.config[head].get(tail) if tail else self.config.get(head)
+        if spec is None:
+            raise UserError(f"{key}: this recipe ({self.config['title']}) has none, and it is needed here")
+        args = copy.deepcopy(dict(spec))
+        kind = KINDS[MAPPINGS[head] if tail else COMPONENTS[head]]
+        return _find(key, kind, args.pop("type"))(**args)
+
+    def has(self, key: str) -> bool:
+        return self.config.get(key) is not None
+
+    def text(self) -> str:
+        """The resolved recipe as JSON text, stable across runs."""
+        return json.dumps(self.config, indent=2, sort_keys=True, ensure_ascii=False)
+
+    def digest(self) -> str:
+        """SHA-256 of the resolved recipe."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+def _find(key: str, kind: Kind, name: str) -> type:
+    try:
+        return kind.find(name)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
+def parse_overrides(argv: Sequence[str]) -> dict[str, Any]:
+    """``['--gate', 'hard', '--latents.count=6']`` -> ``{'gate': 'hard', 'latents.count': 6}``; values are YAML.
+
+    Raises:
+        UserError: a word that is no flag, or a flag without a value.
+    """
+    overrides: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"'{word}' is no override; write --key value, for example --gate.warmup 200")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words or (words[0].startswith("--") and not words[0][2:3].isdigit()):
+                raise UserError(f"--{key} needs a value")
+            value = words.pop(0)
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            overrides[key] = value
+    return overrides
+
+
+def apply_overrides(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Set dotted keys; ``gate`` itself replaces the component by name, ``gate.warmup`` changes one argument."""
+    config = copy.deepcopy(config)
+    # Whole parts first, so that `--gate.warmup 9 --gate hard` means the same as the other order.
+    for key in sorted(overrides, key=lambda k: k.count(".")):
+        *parents, last = key.split(".")
+        node = config
+        for name in parents:
+            child = node.get(name)
+            if isinstance(child, str):
+                child = {"name": child}
+            if child is None:
+                child = {}
+            if not isinstance(child, dict):
+                raise UserError(f"--{key}: '{name}' holds {child!r}, which has no parts")
+            node[name] = child
+            node = child
+        node[last] = overrides[key]
+    return config
+
+
+def load_recipe(path: str | Path, argv: Sequence[str] = ()) -> Recipe:
+    """Read ``cfg.py`` (or a resolved ``recipe.json``), apply ``--key value`` overrides, resolve and check it.
+
+    Raises:
+        UserError: the file is missing or does not read as a recipe, or any part of it is wrong.
+    """
+    path = Path(zoo_path(str(path)))
+    if not path.is_file():
+        raise UserError(f"no recipe at '{path}'; give a cfg.py, for example one of model_zoo/")
+    try:
+        raw = Config.fromfile(path, import_custom_modules=False).to_dict()
+    except (SyntaxError, KeyError, OSError, TypeError, NameError) as error:
+        raise UserError(f"{path} does not read as a recipe: {error}") from None
+    raw = _plain(raw)
+    _import_all(raw.get(IMPORTS), path.parent)
+    return Recipe(apply_overrides(raw, parse_overrides(argv)), path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _import_all(spec: Any, beside: Path) -> None:
+    """Import ``custom_imports``: module names, or ``.py`` files beside the recipe."""
+    names = spec.get("imports", []) if isinstance(spec, Mapping) else spec or []
+    for name in [names] if isinstance(names, str) else names:
+        if not name.endswith(".py"):
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                raise UserError(f"{IMPORTS}: no module '{name}' ({error})") from None
+            continue
+        file = (beside / name).resolve()
+        if not file.is_file():
+            raise UserError(f"{IMPORTS}: no file '{file}'")
+        module = f"laavit_custom_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+        if module in sys.modules:
+            continue  # registered already; a second execution would register every class twice
+        loader = importlib.util.spec_from_file_location(module, file)
+        assert loader is not None and loader.loader is not None, "a .py file always has a loader"
+        loaded = importlib.util.module_from_spec(loader)
+        sys.modules[module] = loaded
+        loader.loader.exec_module(loaded)

@@ -1,0 +1,90 @@
+"""A student that is any Hugging Face vision-language model: which parts learn, and its latents."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laavit.attention import AttentionContext
+from laavit.backbones.base import Backbone
+from laavit.backbones.chat import PromptSettings, SequenceBuilder
+from laavit.latents import SEPARATOR, latent_tokens
+from laavit.registry import STUDENTS, UserError
+from laavit.structures import Batch
+
+#: Names of parts that can be frozen, and the parameters they stand for.
+PARTS = {
+    "vision": r"(^|\.)(visual|vision_tower|vision_model)\.",
+    "embeddings": r"(^|\.)embed_tokens\.",
+    "head": r"(^|\.)lm_head\.",
+    "decoder": r"(^|\.)language_model\.layers\.",
+}
+
+
+@STUDENTS.register_module()
+class HFStudent(nn.Module):
+    """A Hugging Face vision-language model to be trained.
+
+    Args:
+        path: folder, hub name or ``zoo:NAME``.
+        dtype: of the weights; 'float32' with bf16 autocast is the safe choice for full fine-tuning.
+        freeze: parts that do not learn: 'vision', 'embeddings' (latent rows still learn), 'head', 'decoder', or regular
+            expressions over parameter names (``layers\\.[01]\\.`` freezes the first two layers).
+        attention: name of the attention implementation of the text decoder.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str = "float32",
+        freeze: Sequence[str] = ("vision",),
+        attention: str = "laavit",
+    ) -> None:
+        super().__init__()
+        self.path, self.freeze = path, tuple(freeze)
+        self.backbone = Backbone.load(path, dtype, attention=attention)
+        self.model = self.backbone.model
+        self.latents = 0
+
+    def setup(self, latents: Any | None, generator: torch.Generator) -> None:
+        """Add the latents' tokens and rows, then freeze what the recipe freezes.
+
+        Raises:
+            UserError: a name to freeze fits no parameter.
+        """
+        if latents is not None:
+            latents.add_to(self.model, self.backbone.tokenizer, generator)
+            self.latents = latents.count
+        names = [name for name, _ in self.model.named_parameters()]
+        for part in self.freeze:
+            pattern = re.compile(PARTS.get(part, part))
+            if part != "head" and not any(pattern.search(name) for name in names):  # a tied head has no parameter
+                raise UserError(f"freeze: '{part}' fits no parameter of {self.path}; parts: {', '.join(PARTS)}")
+            for name, parameter in self.model.named_parameters():
+                if pattern.search(name):
+                    parameter.requires_grad_(False)
+        if self.latents and "embeddings" in self.freeze:
+            self._keep_latent_rows_alive()
+
+    def _keep_latent_rows_alive(self) -> None:
+        """Frozen embeddings: only the latents' and the separator's rows get a gradient."""
+        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        ids = torch.tensor(self.backbone.tokenizer.convert_tokens_to_ids(latent_tokens(self.latents)))
+        keep = torch.zeros(weight.shape[0], 1, dtype=weight.dtype).index_fill_(0, ids, 1)
+        weight.requires_grad_(True)
+        weight.register_hook(lambda gradient: gradient * keep.to(gradient.device))
+
+    def builder(self, prompt: PromptSettings) -> SequenceBuilder:
+        return self.backbone.builder(prompt, self.latents)
+
+    def forward(self, batch: Batch, context: AttentionContext | None = None) -> Tensor:
+        """Hidden states [B, S, D]."""
+        return self.backbone.forward(batch, context)
+
+    def describe(self) -> dict[str, Any]:
+        """What an export tells about its latents, for laavit's own evaluation; stock transformers needs none of it."""
+        return {"latents": self.latents, "separator": SEPARATOR if self.latents else None}

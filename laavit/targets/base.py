@@ -1,0 +1,71 @@
+"""The contract of a target: what it needs, what it prepares for a sample, and the scalar it gives for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laavit.registry import UserError
+from laavit.structures import Encoded, StudentOutput, Trace
+
+
+class Target(nn.Module):
+    """One alignment target; ``L = L_ntp + sum(weight * target)`` (Eq. 9).
+
+    A constructor takes a recipe's arguments only; sizes come later, in ``setup``. Subclasses name what they need:
+
+    Args:
+        weight: its share in the total loss (lambda; paper: 0.3).
+    """
+
+    #: kinds of attention rows the student must record for it (``laavit.backbones.rows.ROW_KINDS``)
+    rows: tuple[str, ...] = ()
+    #: decoder layers of those rows, negative ones from the end; None is all
+    layers: tuple[int, ...] | None = None
+    #: whether a sample needs a trace
+    needs_trace: bool = True
+
+    def __init__(self, weight: float = 0.3) -> None:
+        super().__init__()
+        if not weight >= 0:
+            raise UserError(f"a target's weight is not negative, got {weight}")
+        self.weight = weight
+
+    def setup(self, width: int, depth: int, latents: int, header: Mapping[str, Any]) -> None:
+        """Build what depends on sizes.
+
+        Args:
+            width: D of the student. depth: its number of layers L. latents: K. header: the trace store's header.
+        """
+
+    def prepare(self, encoded: Encoded, trace: Trace | None) -> dict[str, Tensor]:
+        """What this sample is compared with, worked out once, in a data worker: tensors whose first axis may vary."""
+        raise TypeError(f"{type(self).__name__} must define prepare(encoded, trace)")
+
+    def forward(self, output: StudentOutput, roles: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a batch: a scalar.
+
+        Args:
+            output: the student's. roles: [B, S]. prepared: what ``prepare`` gave, stacked and zero-padded.
+        """
+        raise TypeError(f"{type(self).__name__} must define forward(output, roles, prepared)")
+
+    def own_rows(self, output: StudentOutput, depth: int) -> tuple[Tensor, Tensor]:
+        """This target's rows averaged over its layers, [B, R, S], and which of them are no padding, bool [B, R]."""
+        layers = range(depth) if self.layers is None else [layer % depth for layer in self.layers]
+        rows = torch.stack([output.rows[layer] for layer in layers]).mean(0)
+        parts, valid, offset = [], [], 0
+        for kind, index in output.row_positions.items():
+            if kind in self.rows:
+                parts.append(rows[:, offset : offset + index.shape[1]])
+                valid.append(index >= 0)
+            offset += index.shape[1]
+        return torch.cat(parts, 1), torch.cat(valid, 1)
+
+
+def stack(prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What a target prepared for several samples as one batch, the first axis zero-padded: {name: [B, ...]}."""
+    return {key: nn.utils.rnn.pad_sequence([item[key] for item in prepared], batch_first=True) for key in prepared[0]}
