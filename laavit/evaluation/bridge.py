@@ -1,0 +1,329 @@
+"""The lmms-eval model ``laavit``: an exported student, or any Hugging Face vision-language checkpoint.
+
+An export's chat template writes ``<|latent_1|> … <|latent_K|><|latent_end|>`` after the generation prompt, so the model
+is driven exactly as any other: template, processor, ``generate``. What is added here is the option ``latents=off``, the
+ablation "without latent tokens (masked at inference)" of LaViT (arXiv 2601.10129, Table 3).
+
+Plain use: ``lmms-eval --model laavit --model_args pretrained=FOLDER,latents=off --tasks … --include_path eval/tasks``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
+
+from laavit.evaluation.images import CachedImages, flat_images
+from laavit.registry import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+#: The file in an export that says what it was trained with: {"system": str, "latents": int, "separator": str, ...}.
+EXPORT_FILE = "laavit.json"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SWITCH = ("on", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one group of requests is generated: greedily, up to ``max_new_tokens``, cut at the first of ``until``."""
+
+    max_new_tokens: int
+    until: tuple[str, ...]
+
+
+def latent_ids(tokenizer: Any) -> list[int]:
+    """The ids of ``<|latent_1|>``, ``<|latent_2|>``, …, as far as the tokenizer knows them; [] for a stock model."""
+    vocabulary = tokenizer.get_vocab()
+    ids: list[int] = []
+    while (token := f"<|latent_{len(ids) + 1}|>") in vocabulary:
+        ids.append(vocabulary[token])
+    return ids
+
+
+def mask_latents(model: Any, inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
+    """The same prompt with the latents cut out of attention, everything else where it was.
+
+    Positions are those of the unmasked prompt: left to itself ``generate`` counts positions along the attention mask
+    (Qwen2.5-VL's ``get_rope_index`` drops masked tokens altogether), which would move the separator and the answer K
+    steps towards the image. The hook asked here is the one ``generate`` itself asks, so any family is served; given
+    ``position_ids``, ``generate`` goes on from their last column.
+
+    Args:
+        model: a Hugging Face model with ``generate``.
+        inputs: the processor's output, with ``input_ids`` and ``attention_mask`` [B, S].
+        ids: the latents' token ids.
+
+    Returns:
+        ``inputs`` with a new ``attention_mask`` [B, S] and explicit ``position_ids`` [B, S] or [4, B, S].
+
+    Raises:
+        UserError: a prompt has no latent to mask.
+    """
+    tokens = inputs["input_ids"]
+    latents = torch.isin(tokens, torch.tensor(list(ids), dtype=tokens.dtype, device=tokens.device))
+    if not bool(latents.any(dim=1).all()):
+        raise UserError(
+            "latents=off was asked for, but the chat template writes no latent tokens into the prompt: "
+            "allowed are exports made by tools/export.py with latents"
+        )
+    positions = model._prepare_position_ids_for_generation(tokens, dict(inputs))
+    return {**inputs, "attention_mask": inputs["attention_mask"].masked_fill(latents, 0), "position_ids": positions}
+
+
+class Progressed(Protocol):
+    """Called with the number of requests just answered."""
+
+    def __call__(self, count: int) -> None: ...
+
+
+class Laavit(lmms):
+    """A vision-language checkpoint under lmms-eval: batched, left-padded, greedy, deterministic.
+
+    Args:
+        pretrained: a folder (an export, or any checkpoint of ``AutoModelForImageTextToText``) or a hub name.
+        batch_size: prompts a forward pass. max_batch_size: accepted from lmms-eval, not used.
+        device: 'cpu', 'cuda', 'cuda:1', …; by default a GPU where there is one (one a rank).
+        dtype: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'.
+        latents: 'on', or 'off' to mask them (``mask_latents``).
+        system: the system prompt, or a file that holds it; by default what the export stores in ``laavit.json``, and
+            without one the chat template's own.
+        attention: the attention implementation of transformers.
+        max_new_tokens: for tasks that set none.
+        min_pixels, max_pixels: overrides of the image processor's limits.
+        image_cache_mb: memory for prepared images.
+
+    Raises:
+        UserError: an argument is not allowed, the model cannot be loaded, or it has no latents to mask.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        latents: str = "on",
+        system: str | None = None,
+        attention: str = "sdpa",
+        max_new_tokens: int = 128,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        image_cache_mb: int = 256,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, given, allowed in (("latents", latents, SWITCH), ("dtype", dtype, DTYPES)):
+            if given not in allowed:
+                raise UserError(f"{name}={given} was given; {nearest(str(given), allowed)}")
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise UserError(f"batch_size={batch_size} was given; allowed: whole numbers from 1")
+        self._rank = int(os.environ.get("RANK", 0))
+        self._world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.batch_size = int(batch_size)
+        self.device = _device(device)
+        self.latents = latents
+        self.max_new_tokens = int(max_new_tokens)
+        #: (task, doc id) -> seconds of generation, a batch's time shared out evenly.
+        self.seconds: dict[tuple[str, Any], float] = {}
+        self.console = Console(stderr=True)
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        self.model, self.processor = _load(str(pretrained), dtype, attention, limits)
+        self.model.to(self.device).eval()
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        self.processor.image_processor = CachedImages(self.processor.image_processor, image_cache_mb * 2**20)
+        self.export = read_export(pretrained)
+        self.system = self._resolve_system_prompt(system) if system is not None else self.export.get("system")
+        self.latent_ids = latent_ids(self.tokenizer)
+        if latents == "off" and not self.latent_ids:
+            raise UserError(f"latents=off was given, but the tokenizer of '{pretrained}' knows no <|latent_1|>")
+
+    # -- what lmms-eval calls
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """One greedy answer a request, in the order of the requests, whatever order they were generated in."""
+        answers: list[GenerationResult | None] = [None] * len(requests)
+        with self._progress(len(requests)) as advance:
+            for indices, settings in self._batches(requests):
+                started = time.perf_counter()
+                chats = [self._chat(requests[i]) for i in indices]
+                for i, answer in zip(indices, self.answer(chats, settings)):
+                    answers[i] = answer
+                share = (time.perf_counter() - started) / len(indices)
+                self.seconds.update({(requests[i].task_name, requests[i].doc_id): share for i in indices})
+                advance(len(indices))
+        return [answer for answer in answers if answer is not None]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not offered: every task of ours asks once."""
+        raise UserError(f"task '{requests[0].task_name}' asks in several rounds; the model laavit answers single ones")
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not offered: answers are generated, never scored."""
+        raise UserError(f"task '{requests[0].task_name}' scores continuations; the model laavit generates answers")
+
+    # -- the pieces, usable without lmms-eval
+
+    @torch.inference_mode()
+    def answer(self, chats: Sequence[list[dict[str, Any]]], settings: Settings) -> list[GenerationResult]:
+        """Greedy answers to Hugging Face chats (images as ``{"type": "image", "image": PIL}``), as one batch."""
+        inputs = self.encode(chats)
+        start = inputs["input_ids"].shape[1]
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=self._stops,
+            pad_token_id=self._pad,
+        )[:, start:]
+        results = []
+        for tokens, prompt in zip(output.tolist(), inputs["attention_mask"].sum(1).tolist()):
+            length = next((i for i, token in enumerate(tokens) if token in self._stops), len(tokens))
+            text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = _cut(text, settings.until)
+            results.append(GenerationResult(text, TokenCounts(input_tokens=prompt, output_tokens=length)))
+        return results
+
+    def encode(self, chats: Sequence[list[dict[str, Any]]]) -> dict[str, Tensor]:
+        """What ``generate`` is given for these chats, on the device; latents masked where that was asked for."""
+        chats = [self._with_system(chat) for chat in chats]
+        texts = self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        inputs: BatchFeature = self.processor(
+            text=texts, images=flat_images(chats) or None, padding=True, padding_side="left", return_tensors="pt"
+        )
+        self._check_latents(inputs["input_ids"])
+        moved = dict(inputs.to(self.device))
+        return mask_latents(self.model, moved, self.latent_ids) if self.latents == "off" else moved
+
+    def _check_latents(self, tokens: Tensor) -> None:
+        """An export that says it has K latents must have each of them, once, in every prompt."""
+        count = int(self.export.get("latents", 0))
+        found = [int((tokens == token).sum(1).eq(1).sum()) for token in self.latent_ids[:count]]
+        if found != [len(tokens)] * count:
+            raise UserError(
+                f"{EXPORT_FILE} says {count} latents, but the prompts the chat template writes hold other ones; "
+                "export the run again with tools/export.py"
+            )
+
+    def _with_system(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if not self.system:
+            return chat
+        first = {"role": "system", "content": [{"type": "text", "text": self.system}]}
+        return [first, *(message for message in chat if message["role"] != "system")]
+
+    def _chat(self, request: Instance) -> list[dict[str, Any]]:
+        _, doc_to_messages, _, doc_id, task, split = request.args
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        _, videos, audios = messages.extract_media()
+        if videos or audios:
+            raise UserError(f"task '{task}' shows video or audio; the model laavit reads images")
+        return messages.to_hf_messages()
+
+    def _batches(self, requests: Sequence[Instance]) -> Iterator[tuple[list[int], Settings]]:
+        """Requests of equal settings together, the longest questions first; a stable order, so runs repeat exactly."""
+        groups: dict[Settings, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(self._settings(request.args[2]), []).append(index)
+        for settings, indices in groups.items():
+            indices.sort(key=lambda i: -len(requests[i].args[0]))
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size], settings
+
+    def _settings(self, given: Mapping[str, Any]) -> Settings:
+        if given.get("do_sample") or int(given.get("num_beams") or 1) > 1:
+            logger.warning("the task asks for sampling or beams (%s); the model laavit decodes greedily", dict(given))
+        until = given.get("until") or ()
+        stops = (until,) if isinstance(until, str) else tuple(until)
+        return Settings(int(given.get("max_new_tokens") or self.max_new_tokens), tuple(stop for stop in stops if stop))
+
+    @property
+    def _stops(self) -> list[int]:
+        stops = self.model.generation_config.eos_token_id
+        if stops is None:
+            stops = self.tokenizer.eos_token_id
+        return stops if isinstance(stops, list) else [stops]
+
+    @property
+    def _pad(self) -> int:
+        return self._stops[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Progressed]:
+        """A progress bar on a terminal, on the first rank."""
+        columns = (
+            TextColumn("answering"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        shown = self.rank == 0 and self.console.is_terminal
+        with Progress(*columns, console=self.console, disable=not shown) as progress:
+            task = progress.add_task("answering", total=total)
+            yield lambda count: progress.advance(task, count)
+
+
+def read_export(folder: str | Path) -> dict[str, Any]:
+    """``laavit.json`` of an export; {} for a checkpoint that has none.
+
+    Raises:
+        UserError: the file is not a JSON object.
+    """
+    file = Path(folder) / EXPORT_FILE
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"'{file}' is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"'{file}' holds a {type(content).__name__}; a JSON object is expected")
+    return content
+
+
+def _device(asked: str | None) -> torch.device:
+    if asked is None:
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda":
+        asked = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={asked} was given, but torch sees no GPU; allowed here: cpu")
+    return torch.device(asked)
+
+
+def _load(pretrained: str, dtype: str, attention: str, limits: Mapping[str, int | None]) -> tuple[Any, Any]:
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype, attn_implementation=attention)
+        processor = AutoProcessor.from_pretrained(pretrained, **{k: v for k, v in limits.items() if v is not None})
+    except (OSError, ValueError) as error:  # what transformers raises where there is no model, or one of another kind
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no model could be loaded from '{pretrained}': {reason}") from error
+    return model, processor
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    """``text`` up to the first of the stop strings."""
+    ends = [end for stop in until if (end := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text

@@ -1,0 +1,87 @@
+"""Each image is prepared once, however many questions are asked about it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import BatchFeature
+
+
+class CachedImages:
+    """Stands in for a processor's image processor and remembers what it made of each image.
+
+    Only outputs of the Qwen-VL form are kept (``pixel_values`` [patches, width] of all images in a row, with
+    ``image_grid_thw`` [images, 3]), because only there an image's share does not depend on its neighbours. Anything
+    else goes through to the wrapped processor, unchanged and uncached.
+
+    Args:
+        inner: the image processor; every other attribute is read from it.
+        limit: bytes of pixel values kept; the least recently used go first.
+    """
+
+    def __init__(self, inner: Any, limit: int) -> None:
+        self.inner = inner
+        self.limit = limit
+        self.hits = 0
+        self.misses = 0
+        self._size = 0
+        self._kept: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, images: Any, **settings: Any) -> BatchFeature:
+        """The wrapped processor's output for ``images``, a flat list of PIL images for a cache to apply."""
+        if not (isinstance(images, list) and images and all(isinstance(image, Image) for image in images)):
+            return self.inner(images, **settings)
+        keys = [_key(image, settings) for image in images]
+        fresh = {key: image for key, image in zip(keys, images) if key not in self._kept}
+        made: dict[str, tuple[Tensor, Tensor]] = {}
+        if fresh:
+            output = self.inner(list(fresh.values()), **settings)
+            if set(output) != {"pixel_values", "image_grid_thw"} or not isinstance(output["pixel_values"], Tensor):
+                return output if len(fresh) == len(images) else self.inner(images, **settings)
+            grids = output["image_grid_thw"]
+            shares = output["pixel_values"].split(grids.prod(-1).tolist())
+            made = {key: (share.clone(), grid) for key, share, grid in zip(fresh, shares, grids)}
+        self.misses += len(made)
+        self.hits += len(images) - len(made)
+        parts = [made[key] if key in made else self._use(key) for key in keys]
+        for key, part in made.items():
+            self._keep(key, part)
+        pixels, grids = zip(*parts)
+        return BatchFeature({"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)})
+
+    def _use(self, key: str) -> tuple[Tensor, Tensor]:
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _keep(self, key: str, part: tuple[Tensor, Tensor]) -> None:
+        self._kept[key] = part
+        self._size += part[0].nbytes
+        while self._size > self.limit and self._kept:
+            self._size -= self._kept.popitem(last=False)[1][0].nbytes
+
+
+def _key(image: Image, settings: dict[str, Any]) -> str:
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16)
+    digest.update(repr((image.mode, image.size, sorted(settings.items()))).encode())
+    return digest.hexdigest()
+
+
+def flat_images(chats: Sequence[Sequence[dict[str, Any]]]) -> list[Any]:
+    """The images of Hugging Face chat messages, in order of appearance over the whole batch."""
+    return [
+        part["image"]
+        for chat in chats
+        for message in chat
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]

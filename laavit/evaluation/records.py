@@ -1,0 +1,147 @@
+"""Per-sample records, and the summary that is computed from them and from nothing else.
+
+A record is one JSON line: ``task``, ``id``, ``prediction``, ``target``, ``correct``, and where known ``kind`` (what the
+benchmark calls a category) and ``seconds``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from laavit.evaluation.statistics import wilson
+from laavit.registry import UserError
+
+#: Columns that name a question, and those that name its kind, in the order they are looked for.
+ID_COLUMNS = ("id", "idx", "question_id", "index", "Index")
+KIND_COLUMNS = ("kind", "category", "sub_task")
+
+
+def make_records(
+    task: str, samples: Sequence[Mapping[str, Any]], metrics: Sequence[str], seconds: Mapping[Any, float]
+) -> list[dict[str, Any]]:
+    """Records of one task from lmms-eval's logged samples, in the order of its documents.
+
+    Args:
+        task: its name. samples: lmms-eval's ``results["samples"][task]``.
+        metrics: the task's metric names, in its own order; the first one found in a sample judges it.
+        seconds: a document's index -> seconds of generation.
+
+    Raises:
+        UserError: the task does not judge single answers as right or wrong.
+    """
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
+    column = _id_column([sample["doc"] for sample in samples])
+    records = []
+    for sample in samples:
+        document = sample["doc"]
+        record: dict[str, Any] = {
+            "task": task,
+            "id": str(sample["doc_id"] if column is None else document[column]),
+            "prediction": sample["filtered_resps"][0],
+            "target": sample["target"],
+            "correct": _correct(task, sample, metrics),
+        }
+        kind = next((document[name] for name in KIND_COLUMNS if document.get(name)), None)
+        if kind is not None:
+            record["kind"] = str(kind)
+        if sample["doc_id"] in seconds:
+            record["seconds"] = round(seconds[sample["doc_id"]], 6)
+        records.append(record)
+    return records
+
+
+def _id_column(documents: Sequence[Mapping[str, Any]]) -> str | None:
+    """The first id column that every document has and no two share."""
+    for name in ID_COLUMNS:
+        values = {str(document[name]) for document in documents if document.get(name) is not None}
+        if len(values) == len(documents):
+            return name
+    return None
+
+
+def _correct(task: str, sample: Mapping[str, Any], metrics: Sequence[str]) -> bool:
+    """Benchmarks say right or wrong in three ways: a figure, {"is_correct": …} or {"score": …}."""
+    for name in metrics:
+        if name not in sample:
+            continue
+        value = sample[name]
+        if isinstance(value, Mapping):
+            value = value.get("is_correct", value.get("score"))
+        if value in (0, 1):
+            return bool(value)
+    raise UserError(f"task '{task}' gives no right or wrong for a single answer (metrics: {', '.join(metrics)})")
+
+
+def summarise(records: Iterable[Mapping[str, Any]], level: float = 0.95) -> dict[str, dict[str, Any]]:
+    """Accuracy with Wilson's interval for each task, and within it for each kind.
+
+    Returns:
+        task -> {"n", "accuracy", "low", "high", "by_kind": {kind: {"n", "accuracy", "low", "high"}}}.
+    """
+    tasks: dict[str, dict[str | None, list[bool]]] = {}
+    for record in records:
+        kinds = tasks.setdefault(record["task"], {None: []})
+        kinds[None].append(record["correct"])
+        if record.get("kind") is not None:
+            kinds.setdefault(record["kind"], []).append(record["correct"])
+    return {
+        task: {
+            **_share(kinds[None], level),
+            "by_kind": {kind: _share(kinds[kind], level) for kind in sorted(k for k in kinds if k is not None)},
+        }
+        for task, kinds in tasks.items()
+    }
+
+
+def _share(correct: Sequence[bool], level: float) -> dict[str, Any]:
+    low, high = wilson(sum(correct), len(correct), level)
+    return {"n": len(correct), "accuracy": sum(correct) / len(correct), "low": low, "high": high}
+
+
+def weights_sha256(folder: str | Path) -> str | None:
+    """SHA-256 over the folder's safetensors files, names and contents in order; None for what is not a folder."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write beside the target and move into place, so that a reader sees the old file or the new one, never half."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    write_atomically(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The records of a ``records.jsonl``.
+
+    Raises:
+        UserError: there is no such file, or a line is not JSON.
+    """
+    if not file.is_file():
+        raise UserError(f"there are no evaluation records at '{file}'")
+    records = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {number} of '{file}' is not valid JSON: {error}") from error
+    return records
