@@ -183,6 +183,10 @@ class Recipe:
         kind = KINDS[MAPPINGS[head] if tail else COMPONENTS[head]]
         return _find(key, kind, args.pop("type"))(**args)
 
+    def arguments(self, key: str) -> dict[str, Any]:
+        """The checked arguments of a component, defaults included."""
+        return {name: value for name, value in (self.config[key] or {}).items() if name != "type"}
+
     def has(self, key: str) -> bool:
         return self.config.get(key) is not None
 

@@ -26,10 +26,14 @@ class TraceSettings:
     Args:
         path: the trace store's folder; None for a run that needs none.
         select: filters whose verdict a sample must pass (each is a column of the store).
+        vision_cache: folder for the features of a frozen vision tower; None works them out every time.
+        keep: keep encoded samples in memory (small data sets; with cached features a sample costs a few kB).
     """
 
     path: str | None = None
     select: tuple[str, ...] = ()
+    vision_cache: str | None = None
+    keep: bool = False
 
 
 Item = tuple[Encoded, dict[str, dict[str, Tensor]]]
@@ -60,16 +64,15 @@ class AlignedDataset(Dataset[Item]):
         self.store, self.cache = store, cache
         self._kept: dict[int, Item] | None = {} if keep else None
         if not len(samples):
-            raise UserError("there is no sample to train on: the data set is empty, or no sample passes the selected filters")
+            raise UserError(
+                "there is no sample to train on: the data set is empty, or no sample passes the selected filters"
+            )
         if any(target.needs_trace for target in self.targets.values()):
             if store is None:
-                raise UserError(f"the targets {', '.join(self.targets)} need traces: give traces.path (tools/extract.py makes them)")
-            missing = sorted({sample.id for sample in samples} - set(store.ids))
-            if missing:
                 raise UserError(
-                    f"{len(missing)} of {len(samples)} samples have no trace in {store.path}, for example '{missing[0]}'; "
-                    "run tools/extract.py with this recipe, or select fewer samples"
+                    f"the targets {', '.join(self.targets)} need traces: give traces.path (tools/extract.py makes them)"
                 )
+            store.require(sample.id for sample in samples)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -89,6 +92,7 @@ class AlignedDataset(Dataset[Item]):
             self._kept[index] = item
         return item
 
+    @property
     def groups(self) -> list[Hashable]:
         """A key a sample; samples of one image share it (for batches that keep an image's questions together)."""
         return [sample.images for sample in self.samples]
@@ -111,16 +115,11 @@ def select(samples: Sequence[Sample], store: TraceStore | None, filters: Sequenc
     """The samples that pass every named filter's verdict.
 
     Raises:
-        UserError: filters are named without a store, or the store holds no such verdict.
+        UserError: filters are named without a store, or the store holds no such verdicts.
     """
     if not filters:
         return samples
     if store is None:
         raise UserError(f"traces.select names {', '.join(filters)}, but traces.path is not given")
-    verdicts = store.verdicts()
-    passed = set(store.ids)
-    for name in filters:
-        if name not in verdicts:
-            raise UserError(f"traces.select: the store {store.path} holds no verdict '{name}'; it holds: {', '.join(verdicts) or 'none'}")
-        passed &= {sample_id for sample_id, verdict in verdicts[name].items() if verdict}
+    passed = set(store.select(filters))
     return [sample for sample in samples if sample.id in passed]

@@ -1,0 +1,60 @@
+"""``laavit COMMAND ...``: every door of the project; ``tools/COMMAND.py`` are the same doors."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from laavit.registry import UserError, nearest
+
+#: command -> (module of laavit.commands, one line)
+COMMANDS = {
+    "train": ("train", "train a recipe"),
+    "extract": ("extract", "write a teacher's traces"),
+    "eval": ("evaluate", "answer benchmark questions through lmms-eval"),
+    "export": ("export", "write a run as a stock Hugging Face folder"),
+    "report": ("report", "tables, curves and gaze maps of runs as one page"),
+    "plan": ("plan", "parameters and memory of a recipe, without loading weights"),
+    "list": ("parts", "all named parts, or those of one kind"),
+    "show": ("parts", "one named part: arguments, source, description"),
+    "demo": ("demo", "the embedded experiment, end to end"),
+}
+
+
+def run(command: str, argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on stderr and exit code 2."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
+    logging.getLogger("laavit").setLevel(os.environ.get("LAAVIT_LOG", "INFO").upper())
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        module = importlib.import_module(f"laavit.commands.{COMMANDS[command][0]}")
+        return int(module.main(arguments) or 0)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except BrokenPipeError:  # `laavit list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; what was finished is kept, and the same command with --resume goes on\n")
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the ``laavit`` script."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    usage = "\n".join(f"  {name:8} {line}" for name, (_, line) in COMMANDS.items())
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(f"usage: laavit COMMAND ...   (each has --help)\n\n{usage}\n")
+        return 0
+    if words[0] not in COMMANDS:
+        sys.stderr.write(f"error: no command is called '{words[0]}'; {nearest(words[0], COMMANDS)}\n")
+        return 2
+    return run(words[0], words[1:])

@@ -1,0 +1,1 @@
+"""One file a command: its flags, and the few lines that put the library to work."""

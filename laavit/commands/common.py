@@ -1,0 +1,115 @@
+"""What several commands share: the parser of a recipe command, data with hashes, and where a run keeps what."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from laavit.recipe import COMPONENTS, MAPPINGS, SECTIONS, Recipe, load_recipe
+from laavit.registry import KINDS, SETTINGS, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are the project's: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message} (--help lists what is allowed)")
+
+
+def recipe_parser(prog: str, description: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        description=description,
+        add_help=False,
+        epilog="Any key of the recipe is a flag: --gate hard --latents.count 6 --seed 3. --help with a recipe lists them all.",
+    )
+    parser.add_argument("recipe", nargs="?", help="a cfg.py; zoo:NAME.py is one of the model zoo")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help, and the recipe's keys")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    return parser
+
+
+def parse_recipe(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe | None]:
+    """The command's own flags and the recipe with its overrides; None where help or the configuration was printed."""
+    options, overrides = parser.parse_known_args(list(argv))
+    if options.help and options.recipe is None:
+        parser.print_help()
+        return options, None
+    if options.recipe is None:
+        raise UserError(f"{parser.prog} needs a recipe, for example model_zoo/microlab/lavit.py")
+    recipe = load_recipe(options.recipe, overrides)
+    if options.help:
+        parser.print_help()
+        sys.stdout.write("\nkeys of this recipe:\n" + recipe_flags(recipe))
+        return options, None
+    if options.print_config:
+        sys.stdout.write(recipe.text() + "\n")
+        return options, None
+    return options, recipe
+
+
+def recipe_flags(recipe: Recipe) -> str:
+    """Every key of a recipe as a flag with its type, help and present value, from the classes' signatures."""
+    parser = ArgumentParser(prog="recipe", usage=argparse.SUPPRESS, add_help=False)
+    parser.add_argument("--seed", type=int, default=recipe.config["seed"], help="of initialisation, data order and sampling")
+    parts = {key: (KINDS[kind], recipe.config[key]) for key, kind in COMPONENTS.items()}
+    for key, kind in MAPPINGS.items():
+        parts |= {f"{key}.{name}": (KINDS[kind], spec) for name, spec in recipe.config[key].items()}
+    for key, (registry, spec) in parts.items():
+        if spec is not None:
+            parser.add_class_arguments(registry.find(spec["type"]), key)
+            parser.set_defaults({f"{key}.{name}": value for name, value in spec.items() if name != "type"})
+    for section in SECTIONS:
+        parser.add_class_arguments(SETTINGS.find(section), section)
+        parser.set_defaults({f"{section}.{name}": value for name, value in recipe.config[section].items()})
+    return parser.format_help()
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def data_card(recipe: Recipe) -> dict[str, Any]:
+    """What a run or a store says of its data: the component's settings and the annotations' hash."""
+    spec = dict(recipe.config["data"] or {})
+    path = spec.get("annotations")
+    if path is not None and Path(path).is_file():
+        spec["annotations_sha256"] = file_digest(Path(path))
+    return spec
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The newest complete checkpoint of a run folder.
+
+    Raises:
+        UserError: the folder is no run, or it has no checkpoint yet.
+    """
+    from laavit.engine import latest_checkpoint  # noqa: PLC0415 - mmengine is slow to import
+
+    found = latest_checkpoint(run)
+    if found is None:
+        raise UserError(f"'{run}' holds no checkpoint; tools/train.py writes them to RUN/checkpoints")
+    return found
+
+
+def run_recipe(run: Path) -> Recipe:
+    """The resolved recipe a run was made with."""
+    file = run / "recipe.json"
+    if not file.is_file():
+        raise UserError(f"'{run}' is no run folder: recipe.json is missing")
+    return Recipe(json.loads(file.read_text(encoding="utf-8")), file)

@@ -1,0 +1,50 @@
+"""``tools/eval.py RUN_OR_FOLDER --tasks ...``: answers, records and a summary with intervals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from laavit.commands.common import Parser
+from laavit.commands.export import export_run
+from laavit.recipe import zoo_path
+
+logger = logging.getLogger(__name__)
+
+
+def model_folder(model: str) -> tuple[str, Path]:
+    """What to evaluate, and where its results go: a run is exported first, a folder or hub name is taken as it is."""
+    place = Path(zoo_path(model))
+    if (place / "recipe.json").is_file():
+        return str(export_run(place, place / "export")), place / "eval"
+    return str(place) if place.is_dir() else model, Path("runs") / Path(model).name / "eval"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="eval", description="Evaluate a run, an export, or any vision-language checkpoint through lmms-eval.")
+    parser.add_argument("model", help="run folder, Hugging Face folder, hub name, or zoo:NAME")
+    parser.add_argument("--tasks", required=True, nargs="+", help="lmms-eval tasks, also those of eval/tasks")
+    parser.add_argument("--data-root", type=Path, help="local copies of the data sets, nothing is fetched")
+    parser.add_argument("--include-path", type=Path, nargs="*", default=[], help="more folders of lmms-eval YAML")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--latents", choices=("on", "off"), default="on", help="off masks the latents")
+    parser.add_argument("--limit", type=int, help="at most so many questions a task")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--out", type=Path, help="default RUN/eval/<tasks>-latents-<on|off>")
+    options = parser.parse_args(list(argv))
+    from laavit.evaluation.run import evaluate  # noqa: PLC0415 - lmms-eval is slow to import
+
+    folder, results = model_folder(options.model)
+    tasks = [name for word in options.tasks for name in word.split(",") if name]
+    out = options.out or results / f"{'+'.join(tasks)}-latents-{options.latents}"
+    summary = evaluate(
+        folder, tasks, out, options.batch_size, options.latents, options.limit, options.include_path, options.data_root,
+        options.device, options.dtype,
+    )  # fmt: skip
+    for task, entry in (summary or {}).get("tasks", {}).items():
+        logger.info(
+            "%s: %.3f [%.3f, %.3f], n = %d", task, entry["accuracy"], entry["low"], entry["high"], entry["n"]
+        )
+    return 0

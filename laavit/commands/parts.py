@@ -1,0 +1,61 @@
+"""``laavit list [kind]`` and ``laavit show NAME``: the named parts, their arguments and where they come from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from laavit.commands.common import Parser
+from laavit.recipe import cards, checked
+from laavit.registry import KINDS, UserError, nearest
+
+
+def list_parts(kind: str | None) -> None:
+    kinds = list(KINDS) if kind is None else [kind]
+    table = Table("kind", "name", "description", "source", box=None, pad_edge=False)
+    for each in kinds:
+        for card in cards(each).values():
+            table.add_row(each, card.name, card.description, card.source)
+    Console().print(table)
+
+
+def show_part(name: str) -> None:
+    """Print every part of that name; ``kind/name`` picks one kind."""
+    wanted_kind, _, short = name.rpartition("/")
+    found = [card for kind in KINDS for card in cards(kind).values() if card.name == short and wanted_kind in ("", kind)]
+    if not found:
+        every = [card.name for kind in KINDS for card in cards(kind).values()]
+        raise UserError(f"no part is called '{name}'; {nearest(short, every)}")
+    console = Console(soft_wrap=True)
+    for card in found:
+        cls = KINDS[card.kind].find(card.type)
+        arguments = checked(card.name, cls, card.args) if _complete(cls, card.args) else dict(card.args)
+        console.print(f"{card.kind}/{card.name}: {card.description}\nsource: {card.source}\nclass: {cls.__module__}.{card.type}")
+        console.print(yaml.safe_dump({"arguments": _plain(arguments)}, sort_keys=False, allow_unicode=True), end="")
+        console.print(inspect.cleandoc(cls.__doc__ or "") + "\n", markup=False)
+
+
+def _complete(cls: type, args: object) -> bool:
+    required = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
+    return all(name in args for name in required)  # type: ignore[operator]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="laavit list / show", description="Named parts.")
+    parser.add_argument("name", nargs="?", help=f"a kind ({', '.join(KINDS)}), or a part's name (kind/name where several have it)")
+    name = parser.parse_args(list(argv)).name
+    if name is None or name in KINDS:
+        list_parts(name)
+    else:
+        show_part(name)
+    return 0

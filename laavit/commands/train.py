@@ -1,0 +1,72 @@
+"""``tools/train.py cfg.py``: train a recipe."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from laavit.commands.common import data_card, parse_recipe, recipe_parser
+from laavit.data.aligned import AlignedDataset, Collate, TraceSettings, select
+from laavit.recipe import Recipe
+from laavit.registry import UserError
+from laavit.traces.store import TraceStore
+
+logger = logging.getLogger(__name__)
+
+
+def open_store(settings: TraceSettings, recipe: Recipe) -> TraceStore | None:
+    """The recipe's trace store, checked against the recipe; None where none is named."""
+    if settings.path is None:
+        return None
+    store = TraceStore(settings.path)
+    card = data_card(recipe)
+    if "annotations_sha256" in card:
+        store.check({"data": {"annotations_sha256": card["annotations_sha256"]}})
+    if recipe.has("teacher"):
+        store.check({"teacher": recipe.arguments("teacher").get("path")})
+    return store
+
+
+def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
+    """Train; returns the last checkpoint's folder."""
+    from laavit.backbones.vision_cache import VisionCache
+    from laavit.engine import train
+    from laavit.model import build_model
+
+    settings = replace(recipe.build("train"), seed=recipe.config["seed"])
+    traces: TraceSettings = recipe.build("traces")
+    needs_store = bool(recipe.config["targets"]) or bool(traces.select)
+    store = open_store(traces, recipe) if needs_store else None
+    samples = select(recipe.build("data"), store, traces.select)
+    model = build_model(recipe, store.header if store is not None else {})
+    student = model.student
+    cache = None
+    if traces.vision_cache is not None:
+        if "vision" not in student.freeze:
+            raise UserError("traces.vision_cache keeps the features of a frozen vision tower; this recipe trains it (student.freeze)")
+        cache = VisionCache(Path(traces.vision_cache), student.backbone)
+    dataset = AlignedDataset(samples, student.builder(recipe.build("prompt")), dict(model.targets), store, cache, traces.keep)
+    card = {
+        "data": data_card(recipe),
+        "samples": len(samples),
+        "student_weights_sha256": student.backbone.weights_digest(),
+        "trace_store_sha256": store.digest(traces.select) if store is not None else None,
+        "recipe_sha256": recipe.digest(),
+        "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
+    }
+    logger.info("%d samples, %s trainable parameters -> %s", len(samples), f"{card['trainable_parameters']:,}", work_dir)
+    collate = Collate(student.backbone.family, student.backbone.tokenizer.pad_token_id)
+    return train(model, dataset, collate, settings, work_dir, recipe.config, card, resume)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = recipe_parser("train", "Train a recipe.")
+    parser.add_argument("--work-dir", type=Path, help="run folder; default runs/<recipe's name>")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    options, recipe = parse_recipe(parser, argv)
+    if recipe is not None:
+        checkpoint = train_recipe(recipe, options.work_dir or Path("runs") / recipe.config["title"], options.resume)
+        logger.info("last checkpoint: %s", checkpoint)
+    return 0
