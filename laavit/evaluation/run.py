@@ -14,10 +14,11 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from loguru import logger as lmms_logger
 from rich.console import Console
 
@@ -93,6 +94,7 @@ def evaluate(
         results = simple_evaluate(
             model=model,
             tasks=task_objects,
+            task_manager=task_manager(include_path),
             limit=limit,
             use_cache=None,
             bootstrap_iters=0,
@@ -204,12 +206,15 @@ def _leaves(manager: TaskManager, names: Sequence[str]) -> Iterator[str]:
 
 def _load_task(manager: TaskManager, name: str, data_root: Path | None) -> Task:
     config = manager._get_config(name)
-    path = config.get("dataset_path")
-    request: str | dict[str, Any] = name
+    path, arguments = config.get("dataset_path"), dict(config.get("dataset_kwargs") or {})
+    request: dict[str, Any] = {"task": name}
+    if category := arguments.pop("category", None):
+        # V*'s subsets hand their category to `load_dataset`, which knows no such argument
+        request |= {"dataset_kwargs": arguments, "process_docs": partial(_only, category)}
     if data_root is not None:
         path = str(_local_data(name, path, data_root))
         # an override replaces dataset_kwargs as a whole, which also drops `token: True`: nothing is fetched
-        request = {"task": name, "dataset_path": path, "dataset_kwargs": {}}
+        request |= {"dataset_path": path, "dataset_kwargs": {}}
     elif name.startswith("microlab_") and not Path(path).is_dir():
         raise UserError(
             f"task '{name}' reads '{path}', which is not a folder; give --data-root or set {FOLDER_VARIABLE}"
@@ -219,7 +224,16 @@ def _load_task(manager: TaskManager, name: str, data_root: Path | None) -> Task:
     except tenacity.RetryError as error:  # how lmms-eval wraps whatever `load_dataset` raised
         reason = str(error.last_attempt.exception()).strip().splitlines()[0]
         raise UserError(f"the data of task '{name}' could not be loaded from '{path}': {reason}") from error
+    except KeyError as error:
+        raise UserError(
+            f"the data of task '{name}' in '{path}' have no {error}; a local copy needs the data set's own README.md "
+            "where that names its splits"
+        ) from error
     return loaded[name]
+
+
+def _only(category: str, documents: Dataset) -> Dataset:
+    return documents.filter(lambda value: value == category, input_columns="category")
 
 
 def _local_data(task: str, dataset_path: str | None, root: Path) -> Path:

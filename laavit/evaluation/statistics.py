@@ -51,7 +51,7 @@ def wilson(successes: int, total: int, level: float = 0.95) -> tuple[float, floa
 
 @dataclass(frozen=True)
 class Difference:
-    """``mean``: accuracy(first) - accuracy(second); (low, high): its percentile bootstrap interval; ``n``: the pairs."""
+    """``mean``: accuracy(first) - accuracy(second); (low, high): its bootstrap interval; ``n``: the pairs."""
 
     mean: float
     low: float

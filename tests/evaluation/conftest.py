@@ -24,7 +24,12 @@ from laavit.evaluation.bridge import Laavit, Settings
 
 LATENTS = 4
 SYSTEM = "look first"
-WORDS = "what colour is left of the red blue green circle square how many ? A B ( ) . , yes no look first one two".split()
+WORDS = [
+    *["what", "colour", "is", "left", "of", "the", "red", "blue", "green", "circle", "square", "how", "many"],
+    *"?AB().,",
+    *["yes", "no", "look"],
+]
+WORDS += ["first", "one", "two"]
 MARKUP = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -67,29 +72,29 @@ def write_model(folder: Path, latents: int = LATENTS, seed: int = 0) -> Path:
     tokenizer = _tokenizer(latents)
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in MARKUP}
     config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            bos_token_id=None,
-            eos_token_id=None,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-            initializer_range=0.5,
-        ),
-        vision_config=dict(
-            depth=1,
-            hidden_size=32,
-            intermediate_size=64,
-            num_heads=2,
-            patch_size=8,
-            out_hidden_size=32,
-            window_size=32,
-            fullatt_block_indexes=[0],
-            initializer_range=0.5,
-        ),
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+            "initializer_range": 0.5,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "patch_size": 8,
+            "out_hidden_size": 32,
+            "window_size": 32,
+            "fullatt_block_indexes": [0],
+            "initializer_range": 0.5,
+        },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -106,7 +111,7 @@ def write_model(folder: Path, latents: int = LATENTS, seed: int = 0) -> Path:
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     written = "".join(f"<|latent_{i}|>" for i in range(1, latents + 1)) + ("<|latent_end|>" if latents else "")
     template = TEMPLATE.replace("LATENTS", written)
-    sizes = dict(patch_size=8, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64})
+    sizes = {"patch_size": 8, "merge_size": 2, "size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}}
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes),
         tokenizer=tokenizer,
@@ -203,7 +208,7 @@ def blink_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     text = Value("string")
     features = Features(
-        {name: text for name in ("idx", "question", "sub_task", "prompt", "answer", "explanation")}
+        dict.fromkeys(("idx", "question", "sub_task", "prompt", "answer", "explanation"), text)
         | {"choices": List(text)}
         | {f"image_{i}": Image() for i in range(1, 5)}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import random
@@ -14,11 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.models.registry_v2 import ModelManifest, ModelRegistryV2
+from PIL import Image
 
 from laavit.evaluation import manifest
 from laavit.evaluation.bridge import Laavit, Settings
@@ -30,13 +33,14 @@ from laavit.paths import project_data
 from laavit.registry import UserError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Data sets are cached in a folder of the test session, and nothing is asked of the hub."""
-    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("LAAVIT_MICROLAB", raising=False)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.delenv("LAAVIT_MICROLAB", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,88 @@ def test_published_blink_from_a_local_copy(stock: Path, blink_root: Path, tmp_pa
     content.append({"type": "text", "text": text + document["prompt"]})
     [answer] = Laavit(str(stock)).answer([[{"role": "user", "content": content}]], Settings(1024, ("\n\n",)))
     assert records[2]["prediction"] == answer.text.strip()
+
+
+#: task -> folder under the data root, split, the columns as published, the kinds expected, the metric and its scale
+PUBLISHED: dict[str, tuple[str, str, list[dict[str, Any]], set[str], str, float]] = {
+    "mmvp": (
+        "MMVP",
+        "train",
+        [
+            {
+                "Index": i + 1,
+                "Question": "is it left ?",
+                "Options": "(a) yes (b) no",
+                "Correct Answer": f"({'ab'[i % 2]})",
+            }
+            for i in range(4)
+        ],
+        set(),
+        "mmvp_accuracy",
+        1,
+    ),
+    "vstar_bench": (
+        "vstar-bench",
+        "test",
+        [
+            {"text": "how many ? (A) one (B) two", "label": "AB"[i % 2], "question_id": str(i), "category": kind}
+            for i, kind in enumerate(["direct_attributes"] * 3 + ["relative_position"] * 2)
+        ],
+        {"direct_attributes", "relative_position"},
+        "vstar_overall_acc",
+        100,
+    ),
+    "vstar_bench_direct_attributes": (
+        "vstar-bench",
+        "test",
+        [
+            {"text": "how many ? (A) one (B) two", "label": "AB"[i % 2], "question_id": str(i), "category": kind}
+            for i, kind in enumerate(["direct_attributes"] * 3 + ["relative_position"] * 2)
+        ],
+        {"direct_attributes"},
+        "vstar_direct_attributes_acc",
+        100,
+    ),
+    "mmstar": (
+        "MMStar",
+        "val",
+        [
+            {
+                "index": i,
+                "question": "how many ? A one B two",
+                "answer": "AB"[i % 2],
+                "category": "math",
+                "l2_category": "x",
+            }
+            for i in range(4)
+        ],
+        {"math"},
+        "average",
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_published_tasks_from_local_copies(task: str, stock: Path, tmp_path: Path) -> None:
+    name, split, rows, kinds, metric, scale = PUBLISHED[task]
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(stream, format="PNG")
+    rows = [{**row, "image": {"bytes": stream.getvalue(), "path": None}} for row in rows]
+    (tmp_path / name).mkdir()
+    data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    data.to_parquet(tmp_path / name / "data.parquet")
+    readme = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: {split}\n    path: data.parquet\n---\n"
+    if split != "train":  # what a folder without names of splits holds is `train`
+        with pytest.raises(UserError, match=f"have no '{split}'"):
+            load_tasks([task], data_root=tmp_path)
+    (tmp_path / name / "README.md").write_text(readme)
+    summary = evaluate(stock, [task], tmp_path / "out", batch_size=4, data_root=tmp_path)
+    assert summary is not None
+    entry = summary["tasks"][task]
+    assert entry["n"] == len([row for row in rows if not kinds or row["category"] in kinds])
+    assert set(entry["by_kind"]) == kinds
+    assert entry["metrics"][metric] == pytest.approx(scale * entry["accuracy"])
 
 
 def test_data_are_found_by_task_and_by_repository(blink_root: Path, tmp_path: Path) -> None:
