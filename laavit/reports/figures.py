@@ -1,0 +1,223 @@
+"""Figures as inline SVG that follows the page's light or dark colours, and gaze overlays as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from laavit.evaluation.statistics import wilson
+from laavit.reports.runs import GazeSample, Run
+from laavit.reports.tables import Row, groups
+from laavit.structures import Box
+from laavit.traces.grids import boxes_to_mask, in_box_mass
+
+#: matplotlib draws in these colours, which the SVG then replaces by the page's own.
+INK, LINE, CARD = "#010101", "#020202", "#040404"
+SERIES = [f"#0300{i:02x}" for i in range(8)]
+_VARIABLES = {
+    INK: "var(--ink)",
+    LINE: "var(--line)",
+    CARD: "var(--card)",
+    **{c: f"var(--c{i})" for i, c in enumerate(SERIES)},
+}
+
+#: Small panels side by side rather than one wide figure: they stay readable at the width of a phone.
+PANEL = (3.9, 2.5)
+
+#: What the known keys of log.jsonl are called, in the order in which they are shown.
+LOGGED = {
+    "loss": "total loss",
+    "ntp": "answer loss (next token)",
+    "concept": "concept loss, 1 − cos (Eq. 6)",
+    "trajectory": "trajectory loss, KL (Eq. 7)",
+    "gaze_kl": "KL from the teacher's gaze",
+    "gamma": "gate γ(t) (Eq. 5)",
+    "lr": "learning rate",
+}
+#: Logged keys that say nothing about learning.
+_HOUSEKEEPING = {"iter", "step", "epoch", "time", "data_time", "seconds", "eta", "memory", "samples_per_second"}
+
+
+@dataclass(frozen=True)
+class Figured:
+    """One drawn panel: its title and the SVG element."""
+
+    title: str
+    svg: str
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    """The figure as an ``<svg>`` element with real text, no fixed size, and colours from the page."""
+    FigureCanvasSVG(figure)
+    stream = io.StringIO()
+    # ids are hashed with the salt, so that several inline figures never share a clip path
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<svg ([^>]*?)(?:width|height)="[^"]*"', r"<svg \1", text, count=1)
+    text = re.sub(r'(<svg [^>]*?)(?:width|height)="[^"]*"', r'\1class="plot" role="img"', text, count=1)
+    text = re.sub(
+        r'<g id="[^"]*"', "<g", text
+    )  # matplotlib names its groups alike in every figure; nothing refers to them
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text
+
+
+def _panel(height: float = PANEL[1], left: float = 0.13, right: float = 0.97) -> tuple[Figure, mpl.axes.Axes]:
+    figure = Figure(figsize=(PANEL[0], height))
+    axes = figure.add_axes((left, 0.42 / height, right - left, 1 - 0.5 / height))
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(LINE)
+    axes.tick_params(colors=INK, labelsize=8.5, length=0, pad=4)
+    axes.grid(color=LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def colours(runs: Sequence[str]) -> dict[str, str]:
+    """A run's label -> its colour on every figure of the page."""
+    return {label: SERIES[i % len(SERIES)] for i, label in enumerate(runs)}
+
+
+def accuracy_panels(rows: Sequence[Row], colour: Mapping[str, str]) -> list[Figured]:
+    """One panel for each group of questions: every model's accuracy with its 95 % interval."""
+    panels = []
+    limits = _common_limits(rows)
+    for number, (title, task, kind) in enumerate(groups(rows)):
+        counted = [(row, *row.share(task, kind)) for row in rows]
+        known = [(row, k, n) for row, k, n in counted if n]
+        figure, axes = _panel(height=0.62 + 0.3 * len(rows), left=0.36, right=0.95)
+        for row, k, n in known:
+            y = len(rows) - 1 - rows.index(row)
+            low, high = wilson(k, n)
+            off = row.evaluation.latents == "off"
+            axes.plot([100 * low, 100 * high], [y, y], color=colour[row.run], linewidth=2.2, solid_capstyle="round")
+            axes.plot(100 * k / n, y, "o", color=colour[row.run], markersize=6.5, markerfacecolor=CARD if off else None)
+        axes.set_yticks(range(len(rows)), [_shortened(row.label) for row in reversed(rows)], color=INK)
+        axes.set_xlim(*limits)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.locator_params(axis="x", nbins=5)
+        panels.append(Figured(f"{title}, % correct", _svg(figure, f"accuracy-{number}")))
+    return panels
+
+
+def _common_limits(rows: Sequence[Row]) -> tuple[float, float]:
+    """One range of per cent for all panels, so that they can be compared by eye."""
+    shares = [row.share(task, kind) for row in rows for _, task, kind in groups(rows)]
+    ends = [wilson(k, n) for k, n in shares if n]
+    return max(0.0, 100 * min(low for low, _ in ends) - 3), min(100.0, 100 * max(high for _, high in ends) + 3)
+
+
+def _shortened(label: str, limit: int = 22) -> str:
+    return label if len(label) <= limit else label[: limit - 1] + "…"
+
+
+def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """The mean of the last ``window`` values (of as many as there are, at the start): [T] -> [T]."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(0, stop - window)
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+def logged_keys(runs: Sequence[Run]) -> list[str]:
+    """The keys of the logs that are drawn: the known ones first, then whatever else was logged as a number."""
+    found = {
+        key
+        for run in runs
+        for entry in run.log
+        for key, value in entry.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and key not in _HOUSEKEEPING
+    }
+    return [key for key in LOGGED if key in found] + sorted(found - set(LOGGED))
+
+
+def curve_panels(runs: Sequence[Run], colour: Mapping[str, str]) -> list[Figured]:
+    """One panel for each logged quantity over the steps: faint as logged, strong as a mean over 5 % of the steps."""
+    panels = []
+    for key in logged_keys(runs):
+        figure, axes = _panel(left=0.19 if key == "lr" else 0.15)
+        for run in runs:
+            points = [(entry["iter"], entry[key]) for entry in run.log if isinstance(entry.get(key), int | float)]
+            if not points:
+                continue
+            steps, values = (np.asarray(part, dtype=np.float64) for part in zip(*points, strict=True))
+            if key in ("gamma", "lr"):  # schedules have no noise to smooth
+                axes.plot(steps, values, color=colour[run.label], linewidth=2)
+                continue
+            axes.plot(steps, values, color=colour[run.label], linewidth=0.8, alpha=0.28)
+            smooth = running_mean(values, max(1, len(values) // 20))
+            axes.plot(steps, smooth, color=colour[run.label], linewidth=2, solid_capstyle="round")
+        axes.locator_params(nbins=5)
+        if key == "lr":
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+        axes.set_xlabel("step", color=INK, fontsize=8.5, labelpad=2)
+        panels.append(Figured(LOGGED.get(key, key), _svg(figure, f"curve-{key}")))
+    return panels
+
+
+def share_in_boxes(gaze: NDArray[np.float64], boxes: Sequence[tuple[float, float, float, float]]) -> float | None:
+    """S_focus of one map (Sec. 3.1): [h, w] -> its mass inside the boxes; None without boxes or without mass."""
+    if not boxes or not gaze.sum() > 0:
+        return None
+    height, width = gaze.shape
+    mask = boxes_to_mask([Box(*box) for box in boxes], height, width, dtype=torch.float64)
+    return float(in_box_mass(torch.from_numpy(gaze).flatten(), mask))
+
+
+def overlay(image: Image.Image, gaze: NDArray[np.float64] | None, side: int = 336) -> str:
+    """The image, greyed and overlaid with a map, as a data URI; the plain image where there is no map.
+
+    The map is scaled to its own maximum and interpolated bilinearly from its grid (App. C.2): the colour says where
+    the looking goes, not how much of it there is.
+
+    Args:
+        gaze: [h, w], not negative. side: the longer side of the picture in pixels; small images are enlarged.
+    """
+    image = image.convert("RGB")
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    picture = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    if gaze is not None:
+        strength = gaze / gaze.max() if gaze.max() > 0 else np.zeros_like(gaze)
+        heat = Image.fromarray(strength.astype(np.float32), mode="F").resize(size, Image.Resampling.BILINEAR)
+        heat_values = np.asarray(heat).clip(0, 1)
+        pixels = np.asarray(picture, dtype=np.float64) / 255
+        grey = pixels @ np.array([0.299, 0.587, 0.114])
+        muted = 0.45 * pixels + 0.55 * (0.25 + 0.6 * grey[..., None])
+        coloured = mpl.colormaps["inferno"](0.15 + 0.85 * heat_values)[..., :3]
+        alpha = (0.12 + 0.56 * heat_values)[..., None]
+        picture = Image.fromarray((255 * ((1 - alpha) * muted + alpha * coloured)).round().astype(np.uint8))
+    stream = io.BytesIO()
+    picture.save(stream, format="JPEG", quality=88, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def gaze_figures(sample: GazeSample, names: Sequence[str]) -> list[tuple[str, str, float | None]]:
+    """(who, overlay as a data URI, share of the map inside the boxes) for the plain image and each map of a sample."""
+    with Image.open(sample.image) as image:
+        image.load()
+        found: list[tuple[str, str, float | None]] = [("image", overlay(image, None), None)]
+        for name in names:
+            if name in sample.maps:
+                gaze = sample.maps[name]
+                found.append((name, overlay(image, gaze), share_in_boxes(gaze, sample.boxes)))
+    return found

@@ -1,0 +1,228 @@
+"""A run folder, read: recipe, environment, log, evaluation records, gaze samples. Nothing is computed here.
+
+What a folder may hold (architecture.md, "Run folder"); only what is asked for must be there:
+
+    recipe.json, environment.json, log.jsonl
+    eval/<name>/records.jsonl, eval/<name>/summary.json
+    gaze/index.json, gaze/*.png, gaze/statistics.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from laavit.evaluation.records import read_records
+from laavit.registry import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluated sample; ``key`` is what two runs are paired by."""
+
+    task: str
+    id: str
+    correct: bool
+    kind: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return (self.task, self.id)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The records of one evaluation of one run, and where they came from.
+
+    Args:
+        name: the folder under ``eval/``. latents: 'on' or 'off'.
+        weights: the SHA-256 of the evaluated weights, as the evaluation wrote it down.
+        source: the records file, relative to the run's parent. digest: the SHA-256 of that file.
+    """
+
+    name: str
+    latents: str
+    weights: str
+    records: tuple[Record, ...]
+    source: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class GazeSample:
+    """One sample image with who looked where. Maps are float64 [h, w]; boxes are normalised xyxy."""
+
+    id: str
+    image: Path
+    question: str
+    answer: str
+    boxes: tuple[tuple[float, float, float, float], ...]
+    maps: Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a report reads of one run folder. Parts that the folder does not hold are empty."""
+
+    path: Path
+    label: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_hash: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    log: tuple[Mapping[str, Any], ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+    gaze: tuple[GazeSample, ...] = ()
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_run(path: Path, label: str | None = None) -> Run:
+    """Read one run folder.
+
+    Raises:
+        UserError: the folder is not there, or a file in it is damaged or contradicts another.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"there is no run folder at {path}")
+    recipe_file = path / "recipe.json"
+    return Run(
+        path=path,
+        label=label or path.name,
+        recipe=_read_object(recipe_file),
+        recipe_hash=_digest(recipe_file) if recipe_file.is_file() else "",
+        environment=_read_object(path / "environment.json"),
+        log=_read_log(path / "log.jsonl"),
+        evaluations=tuple(_read_evaluation(file.parent, path) for file in sorted(path.glob("eval/*/records.jsonl"))),
+        gaze=_read_gaze(path / "gaze"),
+        statistics=_read_object(path / "gaze" / "statistics.json"),
+    )
+
+
+def load_runs(paths: Sequence[Path], labels: Sequence[str] | None = None) -> list[Run]:
+    """Read several run folders, in the order they are to be shown.
+
+    Raises:
+        UserError: no folder, another number of labels than folders, two runs with one label, or no evaluation at all.
+    """
+    if not paths:
+        raise UserError("a report needs at least one run folder")
+    if labels is not None and len(labels) != len(paths):
+        raise UserError(f"got {len(labels)} labels for {len(paths)} runs; give one for each run, or none")
+    runs = [load_run(path, labels[i] if labels else None) for i, path in enumerate(paths)]
+    twice = [label for label, count in Counter(run.label for run in runs).items() if count > 1]
+    if twice:
+        raise UserError(f"two runs are called '{twice[0]}'; give them labels of their own")
+    if not any(run.evaluations for run in runs):
+        names = ", ".join(str(run.path) for run in runs)
+        raise UserError(f"none of {names} holds eval/*/records.jsonl; evaluate a run first (tools/eval.py)")
+    return runs
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where the file is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}; an object is allowed")
+    return value
+
+
+def _read_log(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """The logged steps in order; a step that was logged again after a resume counts once, as it was logged last."""
+    if not path.is_file():
+        return ()
+    steps: dict[int, Mapping[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # a run that was killed while it wrote
+                logger.warning("%s ends in the middle of line %d, which is left out", path, number)
+                continue
+            raise UserError(f"{path}, line {number} is not valid JSON: {error}") from error
+        if "iter" in entry:
+            steps[int(entry["iter"])] = entry
+    return tuple(steps[i] for i in sorted(steps))
+
+
+def _read_evaluation(folder: Path, run: Path) -> Evaluation:
+    file = folder / "records.jsonl"
+    records: dict[tuple[str, str], Record] = {}
+    for number, row in enumerate(read_records(file), start=1):
+        absent = [key for key in ("task", "id", "correct") if key not in row]
+        if absent:
+            raise UserError(f"{file}, line {number} has no '{absent[0]}'; a record has a task, an id and correct")
+        record = Record(str(row["task"]), str(row["id"]), row["correct"], row.get("kind"))
+        if not isinstance(record.correct, bool):
+            raise UserError(f"{file}, line {number}: 'correct' is {record.correct!r}; true and false are allowed")
+        if record.key in records:
+            raise UserError(f"{file}, line {number} holds sample '{record.id}' of '{record.task}' a second time")
+        records[record.key] = record
+    if not records:
+        raise UserError(f"{file} is empty; evaluate the run again")
+    summary = _read_object(folder / "summary.json")
+    _check_summary(folder / "summary.json", summary, list(records.values()))
+    return Evaluation(
+        name=folder.name,
+        latents=str(summary.get("latents", "on")),
+        weights=str(summary.get("weights_sha256") or ""),
+        records=tuple(records.values()),
+        source=str(file.relative_to(run.parent)),
+        digest=_digest(file),
+    )
+
+
+def _check_summary(path: Path, summary: Mapping[str, Any], records: Sequence[Record]) -> None:
+    """A summary that does not follow from its records is not shown, nor are the records."""
+    for task, said in summary.get("tasks", {}).items():
+        found = [record.correct for record in records if record.task == task]
+        share = sum(found) / len(found) if found else float("nan")
+        if said["n"] != len(found) or not abs(said["accuracy"] - share) < 1e-6:
+            raise UserError(
+                f"{path} says {said['accuracy']} of {said['n']} for '{task}', its records say {share} of {len(found)}; "
+                "evaluate the run again"
+            )
+
+
+def _read_gaze(folder: Path) -> tuple[GazeSample, ...]:
+    index = folder / "index.json"
+    if not index.is_file():
+        return ()
+    samples = []
+    for entry in json.loads(index.read_text(encoding="utf-8")):
+        image = folder / entry["image"]
+        if not image.is_file():
+            raise UserError(f"{index} names the image '{entry['image']}', which is not in {folder}")
+        maps = {}
+        for name, given in entry["maps"].items():
+            height, width = given["grid"]
+            values = np.asarray(given["values"], dtype=np.float64)
+            if values.size != height * width:
+                raise UserError(
+                    f"{index}, sample '{entry['id']}': the map '{name}' has {values.size} values for a grid of "
+                    f"{height} x {width}"
+                )
+            maps[name] = values.reshape(height, width)
+        boxes = tuple((float(b[0]), float(b[1]), float(b[2]), float(b[3])) for b in entry["boxes"])
+        samples.append(GazeSample(str(entry["id"]), image, entry["question"], entry["answer"], boxes, maps))
+    return tuple(samples)
