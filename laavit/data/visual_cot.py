@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, overload
 
 from PIL import Image, UnidentifiedImageError
@@ -37,6 +37,8 @@ _REQUESTS = re.compile(
     re.IGNORECASE,
 )
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_DRIVE = re.compile(r"[A-Za-z]:")
+_SEPARATOR = re.compile(r"[/\\]")
 _BOX = re.compile(r"\[([^\[\]]*)\]")
 _FORMAT_KEYS = {"dataset", "split", "question_id", "id", "image", "conversations", "bboxes"}
 
@@ -216,8 +218,8 @@ def _parse_images(value: Any, where: str) -> tuple[tuple[str, ...], list[tuple[i
     pixels: list[tuple[int, Corners]] = []
     for entry in entries:
         path, mark, text = entry.partition("###")
-        _check_path(path, where)
         if path not in paths:
+            _check_path(path, where)
             paths.append(path)
         if mark:
             found = _BOX.fullmatch(text.strip())
@@ -228,13 +230,11 @@ def _parse_images(value: Any, where: str) -> tuple[tuple[str, ...], list[tuple[i
 
 
 def _check_path(path: str, where: str) -> None:
-    windows = PureWindowsPath(path)
     if not path.strip() or "\0" in path:
         raise UserError(f"{where}: an image path is empty or holds a null character")
-    if PurePosixPath(path).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise UserError(
-            f"{where}: the image path '{path}' is absolute or climbs with '..'; allowed: a path below the root"
-        )
+    # Both systems' spellings are refused on both; plain text, since pathlib would double the time to open the file.
+    if path[0] in "/\\" or _DRIVE.match(path) or ".." in _SEPARATOR.split(path):
+        raise UserError(f"{where}: the image path '{path}' is absolute or holds '..'; allowed: a path below the root")
 
 
 def _parse_turns(turns: Any, where: str) -> tuple[str, str, list[Corners]]:
