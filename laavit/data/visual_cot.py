@@ -15,6 +15,7 @@ bounding box ...", "Provide a short and direct response.") belong to the other m
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -27,6 +28,8 @@ from PIL import Image, UnidentifiedImageError
 
 from laavit.registry import DATASETS, UserError, nearest
 from laavit.structures import Box, Sample
+
+logger = logging.getLogger(__name__)
 
 #: How far a coordinate may reach past the image, as a share of its side: 871 published boxes overshoot by rounding.
 OVERSHOOT = 0.01
@@ -101,6 +104,7 @@ class VisualCoT(Sequence[Sample]):
         self._places = {key: place for place, (key, _) in enumerate(self._chosen)}
 
     def _load(self) -> list[Any]:
+        logger.info("reading %s (about half a minute for the whole of Visual-CoT)", self.annotations)
         try:
             content = json.loads(self.annotations.read_text(encoding="utf-8-sig"))
         except FileNotFoundError as error:
