@@ -1,0 +1,158 @@
+"""AdamW behind mmengine's OptimWrapper: accumulation counted in steps, autocast on any device, a guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from laavit.engine.settings import TrainingStopped, TrainSettings
+from laavit.registry import UserError
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+def unique_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> NamedParameters:
+    """Trainable parameters under their first name, tied ones once.
+
+    Raises:
+        UserError: there are none, or they are held in 16 bits (an update of 5e-6 would be rounded away).
+    """
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in named:
+        found.setdefault(id(parameter), (name, parameter))
+    for name, parameter in found.values():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"the trainable parameter '{name}' is {str(parameter.dtype)[6:]}: load the student in "
+                "float32 and set train.precision='bf16', which computes in bf16 and keeps float32 weights"
+            )
+    if not found:
+        raise UserError(
+            "the model has no trainable parameters: everything in the recipe's student and targets is frozen"
+        )
+    return list(found.values())
+
+
+def build_adamw(named: NamedParameters, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW over named parameters; vectors (norms, biases) are not decayed."""
+    matrices = [p for _, p in named if p.ndim >= 2]
+    vectors = [p for _, p in named if p.ndim < 2]
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
+        if params
+    ]
+    # Fused: one call for all parameters, on CPU too, where the default loops over them in Python.
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+class StepOptimWrapper(OptimWrapper):
+    """One optimizer step over ``accumulate`` micro-batches.
+
+    What differs from mmengine's: counts are given in optimizer steps; bf16 autocast works on the CPU as well (its
+    AmpOptimWrapper refuses); the gradient norm stays a tensor (one host sync a step, in the guard); ``guard(loss,
+    norm)`` is called before the weights change and may raise.
+
+    Args:
+        optimizer: what steps.
+        accumulate: micro-batches a step; the gradient is the mean of theirs.
+        clip_grad: largest norm of the gradient, 0 for no clipping.
+        precision: 'fp32' or 'bf16'.
+        device: where autocast applies.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulate: int = 1,
+        clip_grad: float = 0.0,
+        precision: str = "fp32",
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(optimizer, accumulative_counts=accumulate)
+        self.max_norm = clip_grad
+        self.precision = precision
+        self.device = device or torch.device("cpu")
+        self.guard: Callable[[Tensor, Tensor], None] | None = None
+        self.grad_norm: Tensor | None = None
+        self._losses: list[Tensor] = []
+
+    def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
+        """mmengine's Runner gives its iterations, which are optimizer steps here: count their micro-batches."""
+        factor = self._accumulative_counts
+        super().initialize_count_status(model, init_counts * factor, max_counts * factor)
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """No gradient exchange between micro-batches, and autocast where bf16 is asked for."""
+        with super().optim_context(model):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                yield
+
+    def backward(self, loss: Tensor, **kwargs: object) -> None:
+        """Backward of one micro-batch, remembering its (scaled) loss for the guard."""
+        self._losses.append(loss.detach())
+        super().backward(loss, **kwargs)
+
+    def step(self, **kwargs: object) -> None:
+        """Norm, guard, clip, step."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            raise TrainingStopped(
+                "the loss has no gradient: no trainable parameter takes part in it; check targets and latents"
+            )
+        self.grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        loss = torch.stack(self._losses).sum()
+        self._losses = []
+        if self.guard is not None:
+            self.guard(loss, self.grad_norm)
+        if self.max_norm > 0:
+            clip_grads_with_norm_(parameters, self.max_norm, self.grad_norm)
+        self.optimizer.step(**kwargs)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: NamedParameters) -> dict[str, Tensor]:
+    """AdamW's state as ``{parameter name}/{exp_avg, exp_avg_sq, step}`` -> tensor on the CPU, ready for safetensors."""
+    tensors = {}
+    for name, parameter in named:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            # Clones: safetensors refuses views and tensors that share memory.
+            tensors[f"{name}/{key}"] = value.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of :func:`optimizer_tensors`.
+
+    Raises:
+        UserError: the checkpoint belongs to a model with other trainable parameters.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        name, _, key = path.rpartition("/")
+        states.setdefault(name, {})[key] = value
+    names = dict(named)
+    unknown = sorted(set(states) - set(names)) or sorted(n for n in names if n not in states)
+    if states and unknown:
+        where = "the checkpoint" if unknown[0] in states else "the model"
+        raise UserError(
+            f"the checkpoint's optimizer state does not fit: the parameter '{unknown[0]}' is only in {where}; "
+            "resume with the recipe that the run was started with"
+        )
+    for name, state in states.items():
+        parameter = names[name]
+        if state["exp_avg"].shape != parameter.shape:
+            raise UserError(
+                f"the checkpoint's optimizer state does not fit: '{name}' is {tuple(state['exp_avg'].shape)} there and "
+                f"{tuple(parameter.shape)} in the model; resume with the recipe that the run was started with"
+            )
+        # Fused AdamW keeps even its step counter beside the parameter.
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}

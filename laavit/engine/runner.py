@@ -1,0 +1,337 @@
+"""``train``: a model, a data set and settings in, a folder of checkpoints out, by mmengine's Runner."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from laavit.engine import random_state
+from laavit.engine.checkpoint import latest_checkpoint, read_progress, read_state
+from laavit.engine.distributed import any_process, pick_device, process_group, rank_and_world
+from laavit.engine.environment import describe
+from laavit.engine.files import remove_leftovers, write_json
+from laavit.engine.hooks import CheckpointHook, GuardHook, LogHook, ProgressHook, StepHook, TensorBoardHook
+from laavit.engine.hooks.log import FILE, truncate_log
+from laavit.engine.loop import StepLoop
+from laavit.engine.optim import (
+    NamedParameters,
+    StepOptimWrapper,
+    build_adamw,
+    load_optimizer_tensors,
+    unique_parameters,
+)
+from laavit.engine.sampler import BatchSampler
+from laavit.engine.schedules import ClosedFormLR
+from laavit.engine.settings import TrainSettings
+from laavit.registry import UserError
+
+logger = logging.getLogger("laavit.engine")
+
+#: mmengine's default hooks that have one of ours in their place (its own sync the host for every figure of every step)
+REPLACED = dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint"))
+#: settings that the order of the data depends on: a resumed run must have the same
+FIXED = ("seed", "batch_size", "grouped")
+#: settings that may change between start and resume without changing the result
+FREE = ("workers", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device", "find_unused_parameters")
+
+
+class Trainable(Protocol):
+    """What ``train`` asks of a model, beside being an ``mmengine.model.BaseModel``."""
+
+    def set_step(self, step: int) -> None:
+        """Told before every optimizer step, 0-based."""
+
+    def trainable_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """What the optimizer moves, by name."""
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write weights (safetensors) and processor into an existing folder."""
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Read them back."""
+
+
+class QuietRunner(Runner):
+    """mmengine's Runner without its log files, environment dump and guesses about devices and weights.
+
+    Args:
+        restore: called where the Runner would load a checkpoint.
+    """
+
+    def __init__(self, *, restore: Callable[[QuietRunner], None] | None, **kwargs: Any) -> None:
+        self._restore = restore
+        super().__init__(**kwargs)
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """The processes have met already; no time stamp, hence no folder of mmengine's own beside our files."""
+        self._rank, self._world_size = rank_and_world()
+        self._timestamp = ""
+
+    def build_logger(self, log_level: int | str = "ERROR", log_file: str | None = None, **kwargs: Any) -> MMLogger:
+        """Console only, errors only: the run's own lines come from ``laavit.engine``."""
+        return MMLogger.get_instance(name=self._experiment_name, log_level=log_level)
+
+    def _log_env(self, env_cfg: dict) -> None:
+        """Nothing: ``environment.json`` holds it (and mmengine starts compilers to find their versions)."""
+
+    def dump_config(self) -> None:
+        """Nothing: ``recipe.json`` holds it."""
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """The model comes wrapped and on its device."""
+        return model
+
+    def _init_model_weights(self) -> None:
+        """Nothing: mmengine would call ``init_weights`` of the parts, which in a Hugging Face model draws them anew."""
+
+    def load_or_resume(self) -> None:
+        """Our checkpoints instead of mmengine's pickles."""
+        if self._restore is not None:
+            self._restore(self)
+
+
+def train(
+    model: BaseModel,
+    dataset: Dataset,
+    collate: Callable[[list], Any],
+    settings: TrainSettings,
+    work_dir: str | Path,
+    recipe_dump: Mapping[str, Any],
+    extra_environment: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    hooks: Sequence[Hook] = (),
+) -> Path:
+    """Train a model and return its last checkpoint.
+
+    Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them. Writes ``recipe.json``, ``environment.json``,
+    ``log.jsonl``, ``tensorboard/`` and ``checkpoints/iter_<steps>/`` into ``work_dir``. On the CPU, a run killed at
+    any moment and resumed ends with the same bits as an uninterrupted one (same number of processes and threads).
+    Afterwards the model holds the trained weights.
+
+    Args:
+        model: see :class:`Trainable`; ``forward(**collate(samples), mode='loss')`` gives tensors of which only
+            ``loss`` has the word loss in its name.
+        dataset: map-style; a sample is a pure function of its index. With ``settings.grouped`` it has ``groups``.
+        collate: samples -> a dict of arguments for ``forward``; what it carries as ``samples`` (with an ``id`` each)
+            is named when a loss is not finite.
+        recipe_dump: the resolved recipe, plain data.
+        extra_environment: plain data for ``environment.json``, for example hashes of data and weights.
+        resume: go on from the newest complete checkpoint; without one, start anew.
+        hooks: further mmengine hooks.
+
+    Raises:
+        UserError: the folder holds a run and ``resume`` is not set, or that run had other data, or a setting does not
+        fit. TrainingStopped: the loss is not finite, or a checkpoint cannot be written.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = pick_device(settings.device)
+    work_dir = Path(work_dir).resolve()
+    with process_group(device):
+        rank, world_size = rank_and_world()
+        sampler = _sampler(dataset, settings, rank, world_size)
+        start_from = _starting_point(work_dir, resume, rank, device)
+        if start_from is not None:
+            sampler.start = _check_resumable(start_from, settings, sampler)
+            model.load_checkpoint(start_from)
+        model.to(device)
+        if rank == 0:
+            environment = describe(device, world_size, settings.seed, extra_environment or {})
+            _write_headers(work_dir, recipe_dump, {**environment, "resumed_at": sampler.start}, sampler.start)
+        if start_from is None or sampler.start < settings.steps:
+            _run(model, dataset, collate, settings, work_dir, sampler, device, start_from, hooks)
+        last = latest_checkpoint(work_dir)
+    assert last is not None, "the last step always leaves a checkpoint, or raises"
+    return last
+
+
+def _sampler(dataset: Any, settings: TrainSettings, rank: int, world_size: int) -> BatchSampler:
+    groups = getattr(dataset, "groups", None) if settings.grouped else None
+    if settings.grouped and groups is None:
+        raise UserError(f"train.grouped: {type(dataset).__name__} has no 'groups'; set train.grouped=False")
+    return BatchSampler(
+        len(dataset),
+        groups,
+        batch_size=settings.batch_size,
+        steps=settings.steps,
+        seed=settings.seed,
+        accumulate=settings.accumulate,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def _write_headers(work_dir: Path, recipe: Mapping[str, Any], environment: Mapping[str, Any], step: int) -> None:
+    try:
+        write_json(work_dir / "recipe.json", recipe)
+        write_json(work_dir / "environment.json", environment)
+        truncate_log(work_dir / FILE, step)
+    except OSError as error:
+        raise UserError(f"the run folder '{work_dir}' cannot be written: {error}") from None
+
+
+def _starting_point(work_dir: Path, resume: bool, rank: int, device: torch.device) -> Path | None:
+    """The checkpoint to go on from, the same in every process; leftovers of a killed run are cleared."""
+    if rank == 0:
+        try:
+            (work_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            remove_leftovers(work_dir)
+            remove_leftovers(work_dir / "checkpoints")
+        except OSError as error:
+            raise UserError(f"the run folder '{work_dir}' cannot be written: {error}") from None
+    any_process(False, device)  # nobody looks before process 0 has cleaned up
+    found = latest_checkpoint(work_dir)
+    if found is not None and not resume:
+        raise UserError(
+            f"'{work_dir}' already holds a run up to '{found.name}': add --resume, or choose another folder"
+        )
+    if found is None and resume and rank == 0:
+        logger.info("nothing to resume in %s: starting at step 0", work_dir)
+    return found
+
+
+def _check_resumable(checkpoint: Path, settings: TrainSettings, sampler: BatchSampler) -> int:
+    """Compare a checkpoint with the run that wants to go on from it; returns the steps done."""
+    state = read_state(checkpoint)
+    before, now = state["settings"], settings.as_dict()
+    for name in FIXED:
+        if before[name] != now[name]:
+            raise UserError(
+                f"train.{name}: got {now[name]}, but the run in '{checkpoint.parent.parent}' has {before[name]}"
+            )
+    if state["data"]["fingerprint"] != sampler.fingerprint:
+        raise UserError(
+            f"the data set differs from the one that '{checkpoint.parent.parent}' was trained on "
+            f"({state['data']['length']} samples then): resume with the same data and filters"
+        )
+    changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k not in FREE and before.get(k) != now[k]]
+    if changed:
+        logger.warning("resuming with other settings, so not to the same bits: %s", ", ".join(changed))
+    return int(state["iter"])
+
+
+def _run(
+    model: Any,
+    dataset: Any,
+    collate: Callable[[list], Any],
+    settings: TrainSettings,
+    work_dir: Path,
+    sampler: BatchSampler,
+    device: torch.device,
+    start_from: Path | None,
+    hooks: Sequence[Hook],
+) -> None:
+    """Build mmengine's Runner, run it, and undo what it leaves in the process."""
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    rank, world_size = rank_and_world()
+    named = unique_parameters(model.trainable_parameters())
+    wrapper = StepOptimWrapper(
+        build_adamw(named, settings),
+        accumulate=settings.accumulate,
+        clip_grad=settings.clip_grad,
+        precision=settings.precision,
+        device=device,
+    )
+    data = {"fingerprint": sampler.fingerprint, "length": len(dataset)}
+    ours: list[Hook] = [
+        StepHook(),
+        GuardHook(),
+        LogHook(settings, sampler.epoch(1)),
+        *([TensorBoardHook()] if settings.tensorboard else []),
+        ProgressHook(settings.steps),
+        CheckpointHook(settings, named, data),
+    ]
+    restore = None if start_from is None else _restorer(start_from, named, device)
+    runner = QuietRunner(
+        restore=restore,
+        model=_wrap(model, settings, device) if world_size > 1 else model,
+        work_dir=str(work_dir),
+        train_dataloader=DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=settings.workers,
+            # Its own generator: starting workers must not move the generator that the model draws from.
+            generator=torch.Generator().manual_seed(settings.seed),
+        ),
+        train_cfg={
+            "type": StepLoop,
+            "max_iters": settings.steps,
+            "accumulate": settings.accumulate,
+            "start": sampler.start,
+        },
+        optim_wrapper=wrapper,
+        param_scheduler=[ClosedFormLR(wrapper, settings)],
+        default_hooks=REPLACED,
+        custom_hooks=[*ours, *hooks],
+        randomness={"seed": (settings.seed + rank) % 2**32},
+        log_level="ERROR",
+        default_scope=None,
+        # mmengine keeps one logger and one message hub a name for the life of the process
+        experiment_name=f"laavit-{uuid.uuid4().hex}",
+    )
+    try:
+        runner.train()
+    finally:
+        runner.call_hook("close")
+        for kind in (MMLogger, MessageHub, Visualizer):
+            kind._instance_dict.pop(runner.experiment_name, None)
+
+
+def _wrap(model: BaseModel, settings: TrainSettings, device: torch.device) -> MMDistributedDataParallel:
+    return MMDistributedDataParallel(
+        module=model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        find_unused_parameters=settings.find_unused_parameters,
+    )
+
+
+def _restorer(checkpoint: Path, named: NamedParameters, device: torch.device) -> Callable[[QuietRunner], None]:
+    """Puts optimizer, schedule and generators where the checkpoint has them (the weights are loaded before)."""
+
+    def restore(runner: QuietRunner) -> None:
+        progress = read_progress(checkpoint)
+        load_optimizer_tensors(runner.optim_wrapper.optimizer, named, progress.optimizer)
+        runner.param_schedulers[0].load_state_dict(progress.state["scheduler"])
+        if not random_state.restore(progress.random, device):
+            logger.warning("resuming with another number of processes, so not to the same bits")
+        logger.info("resumed at step %d from %s", progress.step, checkpoint)
+
+    return restore
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Switch on non-re-entrant checkpointing in every outermost transformers model inside ``model``.
+
+    Re-entrant checkpointing would cut the gradient of whatever is recorded inside, our attention rows among it.
+
+    Raises:
+        UserError: there is none that supports it.
+    """
+    from transformers import PreTrainedModel
+
+    done: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or any(name.startswith(f"{outer}.") or not outer for outer in done):
+            continue
+        if module.supports_gradient_checkpointing:
+            # transformers is renaming the method: take the new name where it is there
+            enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            done.append(name)
+    if not done:
+        raise UserError("train.gradient_checkpointing: no part of the model supports it; set it to False")

@@ -1,0 +1,106 @@
+"""How a run is trained: every number of Table A1, and what the machine needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from laavit.registry import SETTINGS, UserError, nearest
+
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("fp32", "bf16")
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on (loss not finite, disk full, ...): one sentence that says where, why and what to do.
+
+    It is a ``UserError`` so that every tool turns it into one line and exit code 2; the last checkpoint is intact.
+    """
+
+
+@SETTINGS.register_module(name="train")
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of a training run; the defaults are the paper's (Table A1).
+
+    Args:
+        steps: optimizer steps of the whole run.
+        batch_size: samples (with ``grouped``: groups) of one optimizer step, over all micro-batches and processes
+            together.
+        accumulate: micro-batches of one step; the loss of a step is the mean over them.
+        grouped: put all samples of one group into one batch, for example all questions about one image; the data set
+            must have an attribute ``groups``, one hashable key a sample.
+        lr: peak learning rate of AdamW.
+        betas: AdamW's decay rates of the first and second moment.
+        weight_decay: AdamW's decoupled decay of matrices; vectors (norms, biases) are never decayed.
+        warmup_ratio: share of ``steps`` with a linearly growing learning rate, rounded up.
+        schedule: what the learning rate does after the warm-up: 'linear' or 'cosine' to 0 at ``steps``, or 'constant'.
+        clip_grad: largest norm of the whole gradient, 0 for no clipping.
+        precision: 'fp32', or 'bf16' (autocast; the weights and AdamW's state stay float32).
+        gradient_checkpointing: recompute activations in the backward pass (non-re-entrant), trading time for memory.
+        find_unused_parameters: with several processes, allow trainable parameters that a step does not use.
+        workers: processes that load data beside the training process; a sample must be a pure function of its index.
+        checkpoint_every: steps between checkpoints; the last step always leaves one. 0: only the last.
+        keep_last: how many of the newest checkpoints stay on disk, 0 for all.
+        log_every: steps between lines of ``log.jsonl``; the first and the last step are always logged.
+        threads: ``torch.set_num_threads``; None leaves the process as it is.
+        seed: of the order of the data and of every random number drawn while training.
+        tensorboard: write the logged figures for TensorBoard too, under ``tensorboard/``.
+        device: 'auto' (a GPU where there is one), 'cpu', 'cuda' or 'cuda:1'.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    accumulate: int = 1
+    grouped: bool = False
+    lr: float = 5e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    clip_grad: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    find_unused_parameters: bool = False
+    workers: int = 0
+    checkpoint_every: int = 100
+    keep_last: int = 2
+    log_every: int = 10
+    threads: int | None = None
+    seed: int = 0
+    tensorboard: bool = True
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "workers": 0, "checkpoint_every": 0}
+        at_least |= {"keep_last": 0, "seed": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UserError(f"train.{name}: got {getattr(self, name)}; allowed: {least} or more")
+        if self.seed >= 2**32:
+            raise UserError(f"train.seed: got {self.seed}; allowed: 0 to {2**32 - 1}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"train.threads: got {self.threads}; allowed: 1 or more, or None")
+        for name in ("lr", "weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"train.{name}: got {value}; allowed: a finite number of 0 or more")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"train.warmup_ratio: got {self.warmup_ratio}; allowed: 0 to 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.betas: got {self.betas}; allowed: two numbers from 0 to below 1")
+        for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"train.{name}: got {getattr(self, name)!r}; {nearest(getattr(self, name), allowed)}")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up: ``ceil(warmup_ratio * steps)``, as Hugging Face's trainer counts them."""
+        return math.ceil(self.warmup_ratio * self.steps)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "betas": list(self.betas)}
