@@ -111,7 +111,7 @@ class Backbone:
             mask[row, length - len(prompt.input_ids) :] = 1
         inputs: dict[str, Any] = self.family.batch([p.vision for p in prompts])
         if prompts[0].features is not None:
-            features = [f.to(self.device) for p in prompts for f in p.features or ()]
+            features = [p.features.to(self.device) for p in prompts if p.features is not None]
             inputs = {k: v for k, v in inputs.items() if k != "pixel_values"} | self.family.feature_inputs(features)
         types = (ids == self.family.image_token_id).int()
         inputs |= {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}

@@ -1,5 +1,6 @@
-"""Readers that turn annotations on disk into ``Sample``s."""
+"""Readers that turn annotations on disk into ``Sample``s, and samples beside their traces."""
 
+from laavit.data.aligned import AlignedDataset, Collate, TraceSettings
 from laavit.data.visual_cot import VisualCoT
 
-__all__ = ["VisualCoT"]
+__all__ = ["AlignedDataset", "Collate", "TraceSettings", "VisualCoT"]

@@ -17,3 +17,7 @@ def manifest() -> ModelManifest:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="laavit", chat_class_path="laavit.evaluation.bridge.Laavit")
+
+from laavit.evaluation.settings import EvalSettings
+
+__all__ = ["EvalSettings"]
