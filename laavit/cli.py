@@ -19,10 +19,12 @@ COMMANDS = {
     "extract": ("extract", "write a teacher's traces"),
     "eval": ("evaluate", "answer benchmark questions through lmms-eval"),
     "export": ("export", "write a run as a stock Hugging Face folder"),
+    "gaze": ("gaze", "where models look, on samples with boxes"),
     "report": ("report", "tables, curves and gaze maps of runs as one page"),
     "plan": ("plan", "parameters and memory of a recipe, without loading weights"),
     "list": ("parts", "all named parts, or those of one kind"),
     "show": ("parts", "one named part: arguments, source, description"),
+    "microlab": ("microlab", "write the micro-lab's scenes and questions"),
     "demo": ("demo", "the embedded experiment, end to end"),
 }
 
@@ -58,3 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: no command is called '{words[0]}'; {nearest(words[0], COMMANDS)}\n")
         return 2
     return run(words[0], words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -148,12 +148,13 @@ class Extractor:
 
     Args:
         teacher: a frozen teacher. settings: what is read off it.
+        latents: K of a model that was trained with latents (to look at a student), 0 for a plain one.
     """
 
-    def __init__(self, teacher: HFTeacher, settings: ExtractSettings) -> None:
+    def __init__(self, teacher: HFTeacher, settings: ExtractSettings, latents: int = 0) -> None:
         self.teacher, self.settings = teacher, settings
         prompt = PromptSettings(system=settings.system, order=settings.prompt_order)
-        self.builder: SequenceBuilder = teacher.backbone.builder(prompt)
+        self.builder: SequenceBuilder = teacher.backbone.builder(prompt, latents)
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[Trace]:
