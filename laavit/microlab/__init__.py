@@ -1,1 +1,1 @@
-"""The embedded experiment: procedural scenes with known boxes, questions about them, a tiny teacher and a tiny student."""
+"""The embedded experiment: procedural scenes with known boxes, questions, a tiny teacher and a tiny student."""

@@ -1,10 +1,10 @@
 """The micro-lab's scenes on disk, in the published Visual-CoT format, and as parquet for lmms-eval.
 
-    ROOT/train.json  val.json  test.json     Visual-CoT records, image paths relative to ROOT/images
-    ROOT/images/<split>/000000.png
-    ROOT/eval/{val,test}-00000-of-00001.parquet   id, image, question, answer, kind, boxes
-    ROOT/eval/README.md                       the configuration `datasets` reads
-    ROOT/dataset.json                         what was asked for, and the hash of every file above: written last
+ROOT/train.json  val.json  test.json     Visual-CoT records, image paths relative to ROOT/images
+ROOT/images/<split>/000000.png
+ROOT/eval/{val,test}-00000-of-00001.parquet   id, image, question, answer, kind, boxes
+ROOT/eval/README.md                       the configuration `datasets` reads
+ROOT/dataset.json                         what was asked for, and the hash of every file above: written last
 """
 
 from __future__ import annotations
@@ -19,18 +19,35 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from rich.progress import track
 
 from laavit.microlab.questions import QUESTION_KINDS, Question, ask
-from laavit.microlab.scenes import IMAGE_SIZE, make_scene, render
+from laavit.microlab.scenes import IMAGE_SIZE, SCENES_VERSION, Scene, make_scene, render
 from laavit.registry import UserError
 
 logger = logging.getLogger(__name__)
 
 #: The seed of a split's scenes; no two splits, and neither of the pre-training sets, share one.
 SPLIT_SEEDS = {"train": 101, "val": 102, "test": 103}
+MARKER = "dataset.json"
+EVAL_README = """---
+configs:
+- config_name: default
+  data_files:
+  - split: validation
+    path: val-*
+  - split: test
+    path: test-*
+---
+
+# Micro-lab questions
+
+Procedural scenes, six questions each, written by `laavit/microlab/dataset.py`. The boxes are normalised corners.
+"""
 BOX_REQUEST = " Please provide the bounding box coordinate of the region that can help you answer the question better."
 COLUMNS = Features(
     {
@@ -81,55 +98,78 @@ def visual_cot_record(identity: int, split: str, path: str, question: Question) 
 
 
 def write_dataset(root: str | Path, settings: DatasetSettings | None = None) -> Path:
-    """Write the three splits; a folder that holds them already (same settings, complete) is left alone.
+    """Write the three splits; what a folder holds already is kept, so that a second call goes on or does nothing.
 
     Raises:
-        UserError: the folder holds a data set of other settings.
+        UserError: the folder holds a data set of other settings, or of scenes that this version draws differently.
     """
     root, settings = Path(root), settings or DatasetSettings()
-    marker, wanted = root / "dataset.json", json.loads(json.dumps(asdict(settings)))
-    if marker.is_file():
-        if json.loads(marker.read_text(encoding="utf-8"))["settings"] != wanted:
-            raise UserError(f"'{root}' holds a micro-lab data set of other settings; name another folder or remove it")
-        return root
     kinds = list(settings.kinds) or list(QUESTION_KINDS)
+    done, begun = root / MARKER, root / f".{MARKER}.begun"
+    wanted = {"settings": json.loads(json.dumps(asdict(settings))), "kinds": kinds, "scenes": SCENES_VERSION}
+    for marker in (done, begun):
+        if marker.is_file():
+            found = json.loads(marker.read_text(encoding="utf-8"))
+            if {key: found.get(key) for key in wanted} != wanted:
+                raise UserError(
+                    f"'{root}' holds a micro-lab data set of other settings; name another folder or remove it"
+                )
+    if done.is_file():
+        return root
+    # It says whose pictures an interrupted call left behind.
+    _write(begun, json.dumps(wanted).encode())
     hashes: dict[str, str] = {}
     for split, seed in SPLIT_SEEDS.items():
-        records, rows = [], []
-        for record, row in _split(root, split, seed, getattr(settings, split), kinds):
-            records.append(record)
-            rows.append(row)
-        hashes[f"{split}.json"] = _write(root / f"{split}.json", json.dumps(records, indent=0).encode())
+        scenes = getattr(settings, split)
+        pairs = list(track(_split(root, split, seed, scenes, kinds), f"micro-lab {split}", scenes * len(kinds)))
+        records = json.dumps([record for record, _ in pairs], indent=0).encode()
+        hashes[f"{split}.json"] = _write(root / f"{split}.json", records)
         if split != "train":
-            buffer = io.BytesIO()
-            Dataset.from_list(rows, features=COLUMNS).to_parquet(buffer)
             name = f"eval/{split}-00000-of-00001.parquet"
-            hashes[name] = _write(root / name, buffer.getvalue())
-        logger.info("micro-lab %s: %d scenes, %d questions", split, getattr(settings, split), len(records))
-    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: validation\n    path: val-*\n  - split: test\n    path: test-*\n---\n"
-    _write(root / "eval/README.md", (card + "\n# Micro-lab questions\n\nMade by laavit/microlab/dataset.py.\n").encode())
-    _write(marker, json.dumps({"settings": wanted, "sha256": hashes}, indent=2).encode())
+            hashes[name] = _write(root / name, _parquet([row for _, row in pairs]))
+        logger.info("micro-lab %s: %d scenes, %d questions", split, scenes, len(pairs))
+    _write(root / "eval/README.md", EVAL_README.encode())
+    _write(done, json.dumps({**wanted, "sha256": hashes}, indent=2).encode())
+    begun.unlink()
     return root
 
 
+def _parquet(rows: list[dict[str, Any]]) -> bytes:
+    """The rows in the columns that ``datasets`` reads back with their types; an image's bytes are stored once."""
+    buffer = io.BytesIO()
+    table = Dataset.from_list(rows, features=COLUMNS).with_format("arrow")[:]
+    pq.write_table(table, buffer, dictionary_pagesize_limit=1 << 30, row_group_size=len(rows))
+    return buffer.getvalue()
+
+
 def _split(root: Path, split: str, seed: int, scenes: int, kinds: list[str]) -> Iterator[tuple[dict, dict]]:
+    """Every question of a split: its Visual-CoT record and its row for evaluation."""
     for index in range(scenes):
         scene = make_scene(seed, index)
-        buffer = io.BytesIO()
-        Image.fromarray(render(scene)).save(buffer, "PNG")
         path = f"{split}/{index:06d}.png"
-        _write(root / "images" / path, buffer.getvalue())
+        picture = _picture(root / "images" / path, scene)
         for number, question in enumerate(ask(scene, kinds)):
             identity = (seed * 100_000 + index) * 100 + number
             row = {
                 "id": str(identity),
-                "image": {"bytes": buffer.getvalue(), "path": path},
+                "image": {"bytes": picture, "path": path},
                 "question": question.text,
                 "answer": question.answer,
                 "kind": question.kind,
                 "boxes": [[x / IMAGE_SIZE for x in box] for box in question.boxes],
             }
             yield visual_cot_record(identity, split, path, question), row
+
+
+def _picture(path: Path, scene: Scene) -> bytes:
+    """The scene's PNG, drawn unless the file is there: files are put in place whole, so one that exists is complete."""
+    if path.is_file():
+        return path.read_bytes()
+    buffer = io.BytesIO()
+    # Noise hardly compresses: a higher level costs three times the time for a tenth of the size.
+    Image.fromarray(render(scene)).save(buffer, "PNG", compress_level=1)
+    _write(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _write(path: Path, content: bytes) -> str:

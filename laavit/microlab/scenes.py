@@ -17,11 +17,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+#: Grows with every change to what is drawn or asked, so that no folder mixes two ways of drawing.
+SCENES_VERSION = 1
 IMAGE_SIZE = 96
 GRID = 3
 CELL = IMAGE_SIZE // GRID
-# A box is its cell less this margin; with a token every 16 px it then covers the cell's 2 x 2 tokens and no other.
-BOX_MARGIN = 2
+MARK_MARGIN = 2  # from the cell's upper left corner
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.15, 0.15),
@@ -68,9 +69,9 @@ class Shape:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """(x1, y1, x2, y2) in pixels."""
+        """(x1, y1, x2, y2) in pixels: the cell, so that with a token every 16 px it is exactly 2 x 2 tokens."""
         x, y = self.column * CELL, self.row * CELL
-        return x + BOX_MARGIN, y + BOX_MARGIN, x + CELL - BOX_MARGIN, y + CELL - BOX_MARGIN
+        return x, y, x + CELL, y + CELL
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,14 @@ def render(scene: Scene) -> NDArray[np.uint8]:
     for shape in scene.shapes:
         y, x = shape.row * CELL, shape.column * CELL
         cell = image[y : y + CELL, x : x + CELL]
-        cell[_stencil(shape.form, SIZES[shape.size], shape.offset)] = np.array(COLOURS[shape.colour]) * TONES[shape.tone]
+        cell[_stencil(shape.form, SIZES[shape.size], shape.offset)] = (
+            np.array(COLOURS[shape.colour]) * TONES[shape.tone]
+        )
     axis = np.linspace(-1, 1, IMAGE_SIZE)
     slope = axis[:, None] * math.sin(scene.light) + axis[None, :] * math.cos(scene.light)
     image *= (1 - RAMP / 2 + RAMP / 2 * slope / math.sqrt(2))[:, :, None]
     for mark in MARKS:
-        x, y = scene.marked(mark).box[:2]
+        x, y = (corner + MARK_MARGIN for corner in scene.marked(mark).box[:2])
         glyph = _glyph(mark)
         image[y : y + glyph.shape[0], x : x + glyph.shape[1]] = glyph
     rng = np.random.default_rng([*scene.seed, 1])
