@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.model import BaseModel
@@ -24,8 +24,8 @@ from laavit.targets.base import Target
 def path_queries(roles: Tensor, role: Role) -> Tensor:
     """Who looks along a path, bool [B, S].
 
-    For 'question' these are all prompt positions after the first image token that are no latents: chat markup there has seen the image
-    too, and would otherwise carry it past a closed gate.
+    For 'question' these are all prompt positions after the first image token that are no latents: chat markup there has
+    seen the image too, and would otherwise carry it past a closed gate.
     """
     if role != Role.QUESTION:
         return roles == role
@@ -55,19 +55,24 @@ class LaViT(BaseModel):
         self.student, self.gate, self.step = student, gate, 0
         self.targets = nn.ModuleDict(targets or {})
 
+    @property
+    def named_targets(self) -> Mapping[str, Target]:
+        """The targets by the name under which each is logged."""
+        return cast("Mapping[str, Target]", self.targets)
+
     def set_step(self, step: int) -> None:
         """The optimiser step that the gate's schedule reads."""
         self.step = step
 
     def context(self, batch: Batch) -> tuple[AttentionContext | None, dict[str, Tensor]]:
         """What this forward asks of the attention: the gate's paths (training only) and the targets' rows."""
-        kinds = dict.fromkeys(kind for target in self.targets.values() for kind in target.rows)
+        kinds = dict.fromkeys(kind for target in self.named_targets.values() for kind in target.rows)
         positions = {kind: row_positions(batch, kind) for kind in kinds}
         paths = gate_paths(self.gate, self.step, batch.roles) if self.training else ()
         if not paths and not positions:
             return None, positions
         depth = self.student.backbone.depth
-        wanted = [target.layers for target in self.targets.values() if target.rows]
+        wanted = [target.layers for target in self.named_targets.values() if target.rows]
         layers = None if any(w is None for w in wanted) else {layer for w in wanted for layer in w}
         rows = torch.cat(list(positions.values()), 1) if positions else None
         return AttentionContext(paths=paths, rows=rows, layers=layers, num_layers=depth), positions
@@ -90,7 +95,7 @@ class LaViT(BaseModel):
         kind = torch.promote_types(output.logits.dtype, torch.float32)
         ntp = F.cross_entropy(output.logits.to(kind), output.labels)
         total, logged = ntp, {"ntp": ntp}
-        for name, target in self.targets.items():
+        for name, target in self.named_targets.items():
             logged[name] = target(output, batch.roles, batch.targets[name])
             total = total + target.weight * logged[name]
         if self.gate is not None:
@@ -112,7 +117,7 @@ class LaViT(BaseModel):
         Raises:
             UserError: a file is missing or holds other parameters than this model.
         """
-        from transformers import AutoModelForImageTextToText  # noqa: PLC0415 - loading only
+        from transformers import AutoModelForImageTextToText  # loading only
 
         if not (folder / "heads.safetensors").is_file():
             raise UserError(f"the checkpoint {folder} is not complete: heads.safetensors is missing")

@@ -82,7 +82,7 @@ class QwenVL:
         return {key: torch.cat([item[key] for item in vision if key in item]) for key in sorted(keys)}
 
     @staticmethod
-    def image_features(model: nn.Module, vision: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def image_features(model: Any, vision: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What the language model reads in place of the image tokens: [N_i, D] an image."""
         return tuple(model.model.get_image_features(vision["pixel_values"], vision["image_grid_thw"]).pooler_output)
 
@@ -92,11 +92,11 @@ class QwenVL:
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(features))}}
 
     @staticmethod
-    def vision_tower(model: nn.Module) -> nn.Module:
+    def vision_tower(model: Any) -> nn.Module:
         return model.model.visual
 
     @staticmethod
-    def decoder(model: nn.Module) -> nn.Module:
+    def decoder(model: Any) -> nn.Module:
         return model.model.language_model
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from laavit.commands.common import data_card, parse_recipe, recipe_parser
+from laavit.commands.common import checked_data, data_card, parse_recipe, recipe_parser
 from laavit.recipe import Recipe
 from laavit.registry import UserError
 from laavit.traces.store import TraceStore
@@ -21,7 +21,7 @@ def extract_recipe(recipe: Recipe) -> Path:
     settings = recipe.build("traces")
     if settings.path is None:
         raise UserError("traces.path: the recipe does not say where the traces go")
-    samples = recipe.build("data")
+    samples = checked_data(recipe)
     filters = {name: recipe.build(f"filters.{name}") for name in recipe.config["filters"]}
     teacher = recipe.build("teacher")
     out = extract(teacher, samples, recipe.build("extract"), Path(settings.path), data_card(recipe))

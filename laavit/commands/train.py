@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from laavit.commands.common import data_card, parse_recipe, recipe_parser
+from laavit.commands.common import checked_data, data_card, parse_recipe, recipe_parser
 from laavit.data.aligned import AlignedDataset, Collate, TraceSettings, select
 from laavit.recipe import Recipe
 from laavit.registry import UserError
@@ -39,7 +39,10 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     traces: TraceSettings = recipe.build("traces")
     needs_store = bool(recipe.config["targets"]) or bool(traces.select)
     store = open_store(traces, recipe) if needs_store else None
-    samples = select(recipe.build("data"), store, traces.select)
+    samples = checked_data(recipe)
+    if store is not None:  # before anything is selected: a sample without a trace is missing, not filtered out
+        store.require(sample.id for sample in samples)
+    samples = select(samples, store, traces.select)
     model = build_model(recipe, store.header if store is not None else {})
     student = model.student
     cache = None
@@ -47,7 +50,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
         if "vision" not in student.freeze:
             raise UserError("traces.vision_cache keeps the features of a frozen vision tower; this recipe trains it (student.freeze)")
         cache = VisionCache(Path(traces.vision_cache), student.backbone)
-    dataset = AlignedDataset(samples, student.builder(recipe.build("prompt")), dict(model.targets), store, cache, traces.keep)
+    dataset = AlignedDataset(samples, student.builder(recipe.build("prompt")), model.named_targets, store, cache, traces.keep)
     card = {
         "data": data_card(recipe),
         "samples": len(samples),

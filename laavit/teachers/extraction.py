@@ -72,9 +72,10 @@ class ExtractSettings:
             raise UserError(f"extract.semantics: got '{self.semantics}'; {nearest(self.semantics, POOLINGS)}")
         if self.answer not in ANSWERS:
             raise UserError(f"extract.answer: got '{self.answer}'; {nearest(self.answer, ANSWERS)}")
-        for name in ("top_k", "max_new_tokens", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"extract.{name}: at least 1, got {getattr(self, name)}")
+        for name in ("top_k", "max_new_tokens", "batch_size", "shard_size", "gaze_top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"extract.{name}: at least 1, got {value}")
         if self.shard_size % self.batch_size:
             raise UserError(
                 f"extract.shard_size ({self.shard_size}) is no multiple of extract.batch_size ({self.batch_size}): "
@@ -95,6 +96,7 @@ def store_header(teacher: HFTeacher, settings: ExtractSettings, data: Mapping[st
         "chat_template": processor.chat_template,
         "width": teacher.backbone.width,
         "depth": teacher.backbone.depth,
+        "gaze_top_k": settings.gaze_top_k,
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()},
         "data": dict(data),
     }
@@ -190,8 +192,8 @@ def extract(
     logger.info("%d of %d samples have a trace already", len(samples) - len(todo), len(samples))
     with writer:
         for batch in _progress(todo, settings.batch_size):
-            for trace in extractor(batch):
-                writer.append(trace)
+            # All of a batch or nothing: a rest would be batched differently when resumed, to other bits.
+            writer.extend(extractor(batch))
     return out
 
 

@@ -122,20 +122,34 @@ class TraceWriter:
         Raises:
             UserError: the sample is there already, or the trace does not fit (shapes, non-finite figures).
         """
-        if trace.sample_id in self.done:
-            raise UserError(f"the trace store '{self.path}' already holds sample '{trace.sample_id}'")
-        row = shards.encode(trace, self._top_k, self._dtype)
-        width = len(row["semantics"])
-        if self._width not in (None, width):
-            raise UserError(f"the semantics of sample '{trace.sample_id}' are {width} wide, the store's {self._width}")
+        self.extend([trace])
+
+    def extend(self, traces: Iterable[Trace]) -> None:
+        """Add a batch of traces: all of them, or none where one of them does not fit.
+
+        Raises:
+            UserError: as ``append``.
+        """
+        rows: dict[str, Row] = {}
+        width = self._width
+        for trace in traces:
+            if trace.sample_id in self.done or trace.sample_id in rows:
+                raise UserError(f"the trace store '{self.path}' already holds sample '{trace.sample_id}'")
+            row = shards.encode(trace, self._top_k, self._dtype)
+            if width not in (None, len(row["semantics"])):
+                raise UserError(
+                    f"the semantics of sample '{trace.sample_id}' are {len(row['semantics'])} wide, the store's {width}"
+                )
+            width, rows[trace.sample_id] = len(row["semantics"]), row
         self._width = width
-        self._rows.append(row)
-        self._changed = True
-        self.done.add(trace.sample_id)
-        if len(self._rows) == self._size:
-            self._flush()
-            self._complete.add(self._index)
-            self._begin_shard()
+        for sample_id, row in rows.items():
+            self._rows.append(row)
+            self._changed = True
+            self.done.add(sample_id)
+            if len(self._rows) == self._size:
+                self._flush()
+                self._complete.add(self._index)
+                self._begin_shard()
 
     def _flush(self) -> None:
         shards.write_shard(self.path, self._index, self._rows, self._features)
