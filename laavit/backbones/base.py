@@ -29,6 +29,25 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def bound_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Set the least and the greatest area, in pixels, that images are scaled to; None keeps the processor's own.
+
+    Raises:
+        UserError: a bound is not positive, they contradict each other, or this processor scales by another rule.
+    """
+    if min_pixels is None and max_pixels is None:
+        return
+    size = dict(image_processor.size)
+    if not size.get("shortest_edge") or not size.get("longest_edge"):
+        raise UserError(f"min_pixels, max_pixels: {type(image_processor).__name__} does not scale images by their area")
+    # Qwen's processors keep areas under the names of edges.
+    least = size["shortest_edge"] if min_pixels is None else min_pixels
+    most = size["longest_edge"] if max_pixels is None else max_pixels
+    if not 0 < least <= most:
+        raise UserError(f"min_pixels, max_pixels: got {least} and {most}; allowed: 0 < min_pixels <= max_pixels")
+    image_processor.size = type(image_processor.size)(shortest_edge=least, longest_edge=most)
+
+
 class Backbone:
     """A model with its processor and its family's geometry.
 
@@ -41,11 +60,23 @@ class Backbone:
         self.family = family_of(model.config)  # type: ignore[arg-type]
 
     @classmethod
-    def load(cls, path: str, dtype: str = "float32", device: str = "cpu", attention: str = IMPLEMENTATION) -> Backbone:
+    def load(
+        cls,
+        path: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        attention: str = IMPLEMENTATION,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Backbone:
         """A folder, a hub name or ``zoo:NAME`` as a backbone; its text decoder runs laavit's attention function.
 
+        Args:
+            min_pixels, max_pixels: images are scaled to lie between; None keeps the processor's own bound. They are
+                saved with the processor, so that an export sees images as its training did.
+
         Raises:
-            UserError: no model can be read there.
+            UserError: no model can be read there, or the bounds contradict each other.
         """
         place = zoo_path(path)
         try:
@@ -57,6 +88,7 @@ class Backbone:
             processor = AutoProcessor.from_pretrained(place)
         except (OSError, ValueError, HfHubHTTPError) as error:
             raise UserError(f"no vision-language model can be read from '{path}': {str(error).splitlines()[0]}") from None
+        bound_pixels(processor.image_processor, min_pixels, max_pixels)
         return cls(model.to(device), processor)
 
     @property

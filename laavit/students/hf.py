@@ -35,6 +35,7 @@ class HFStudent(nn.Module):
         freeze: parts that do not learn: 'vision', 'embeddings' (latent rows still learn), 'head', 'decoder', or regular
             expressions over parameter names (``layers\\.[01]\\.`` freezes the first two layers).
         attention: name of the attention implementation of the text decoder.
+        min_pixels, max_pixels: images are scaled to lie between; None keeps the processor's own bound.
     """
 
     def __init__(
@@ -43,12 +44,24 @@ class HFStudent(nn.Module):
         dtype: str = "float32",
         freeze: Sequence[str] = ("vision",),
         attention: str = "laavit",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         super().__init__()
-        self.path, self.freeze = path, tuple(freeze)
-        self.backbone = Backbone.load(path, dtype, attention=attention)
-        self.model = self.backbone.model
-        self.latents = 0
+        backbone = Backbone.load(path, dtype, attention=attention, min_pixels=min_pixels, max_pixels=max_pixels)
+        self._take(backbone, path, freeze)
+
+    @classmethod
+    def of(cls, backbone: Backbone, path: str, freeze: Sequence[str]) -> HFStudent:
+        """A student around a backbone that is there already, for example one of shapes only (``laavit plan``)."""
+        student = cls.__new__(cls)
+        nn.Module.__init__(student)
+        student._take(backbone, path, freeze)
+        return student
+
+    def _take(self, backbone: Backbone, path: str, freeze: Sequence[str]) -> None:
+        self.path, self.freeze, self.latents = path, tuple(freeze), 0
+        self.backbone, self.model = backbone, backbone.model
 
     def setup(self, latents: Any | None, generator: torch.Generator) -> None:
         """Add the latents' tokens and rows, then freeze what the recipe freezes.

@@ -16,9 +16,18 @@ class HFTeacher:
         path: folder, hub name or ``zoo:NAME``.
         dtype: of the weights.
         device: 'auto' takes a GPU where there is one.
+        min_pixels, max_pixels: images are scaled to lie between; None keeps the processor's own bound.
     """
 
-    def __init__(self, path: str, dtype: str = "float32", device: str = "auto") -> None:
+    def __init__(
+        self,
+        path: str,
+        dtype: str = "float32",
+        device: str = "auto",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
         self.path = path
-        self.backbone = Backbone.load(path, dtype, ("cuda" if cuda.is_available() else "cpu") if device == "auto" else device)
+        place = ("cuda" if cuda.is_available() else "cpu") if device == "auto" else device
+        self.backbone = Backbone.load(path, dtype, place, min_pixels=min_pixels, max_pixels=max_pixels)
         self.backbone.model.eval().requires_grad_(False)

@@ -1,0 +1,5 @@
+"""Table 3, "w/o curriculum gating": closed for 400 steps, then open at once."""
+
+_base_ = ["./lavit.py"]
+
+gate = dict(_delete_=True, name="hard", warmup=400)

@@ -1,0 +1,5 @@
+"""Table 3, "w/o semantic reconstruction"."""
+
+_base_ = ["./lavit.py"]
+
+targets = dict(concept=None)

@@ -1,0 +1,5 @@
+"""Table 3, "w/o trajectory alignment"."""
+
+_base_ = ["./lavit.py"]
+
+targets = dict(trajectory=None)
