@@ -36,7 +36,8 @@ from laavit.microlab.tiny import Sizes, build_model, build_processor, build_toke
 from laavit.microlab.vision import cache_features, warm_start
 from laavit.registry import UserError, nearest
 
-logger = logging.getLogger(__name__)
+# By name, since the module is also run as a script.
+logger = logging.getLogger("laavit.microlab.pretrain")
 
 
 @dataclass(frozen=True)
