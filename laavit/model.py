@@ -73,7 +73,7 @@ class LaViT(BaseModel):
             return None, positions
         depth = self.student.backbone.depth
         wanted = [target.layers for target in self.named_targets.values() if target.rows]
-        layers = None if any(w is None for w in wanted) else {layer for w in wanted for layer in w}
+        layers = None if None in wanted else {layer for some in wanted for layer in some or ()}
         rows = torch.cat(list(positions.values()), 1) if positions else None
         return AttentionContext(paths=paths, rows=rows, layers=layers, num_layers=depth), positions
 
@@ -123,11 +123,13 @@ class LaViT(BaseModel):
             raise UserError(f"the checkpoint {folder} is not complete: heads.safetensors is missing")
         own = self.student.model
         loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=next(own.parameters()).dtype)
-        mismatch = set(own.state_dict()) ^ set(loaded.state_dict())
-        if mismatch:
-            raise UserError(f"the checkpoint {folder} holds another model: {sorted(mismatch)[:3]} differ")
-        own.load_state_dict(loaded.state_dict())
-        self.targets.load_state_dict(load_file(folder / "heads.safetensors"))
+        heads = load_file(folder / "heads.safetensors")
+        for module, state in ((own, loaded.state_dict()), (self.targets, heads)):
+            shapes, given = ({name: t.shape for name, t in s.items()} for s in (module.state_dict(), state))
+            if shapes != given:
+                names = sorted(name for name in shapes | given if shapes.get(name) != given.get(name))
+                raise UserError(f"the checkpoint {folder} holds another model: {', '.join(names[:3])} differ")
+            module.load_state_dict(state)
 
 
 def build_model(recipe: Any, header: Mapping[str, Any]) -> LaViT:

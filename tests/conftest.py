@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -17,11 +21,30 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface
 
-from laavit.structures import Box, Sample
+from laavit.backbones import PromptSettings, collate
+from laavit.gates import Gate
+from laavit.latents import LearnedLatents
+from laavit.model import LaViT
+from laavit.structures import Batch, Box, Encoded, Sample, Trace
+from laavit.students import HFStudent
+from laavit.targets import ConceptTarget, Target, TrajectoryTarget
+from laavit.targets.base import stack
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
-CORPUS = ["system user assistant You are a helpful assistant. What colour is the shape left of the red circle? blue yes no"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+CORPUS = [
+    "system user assistant You are a helpful assistant. What colour is the shape left of the red circle? blue yes no"
+]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -35,7 +58,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=340,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     inner.train_from_iterator(CORPUS, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|endoftext|>", eos_token="<|im_end|>")
@@ -44,7 +70,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_tiny_model(folder: Path, layers: int = 3, seed: int = 0, spare: int = 32) -> Path:
-    """A random Qwen2.5-VL folder: text 32 x ``layers``, vision 32 x 2, patch 8, merge 2, ``spare`` free embedding rows."""
+    """A random Qwen2.5-VL folder: text 32 x ``layers``, vision 32 x 2, patch 8, merge 2, ``spare`` embedding rows."""
     tokenizer = tiny_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     text = {
@@ -120,3 +146,96 @@ def samples(pictures: list[Path]) -> list[Sample]:
         Sample("b", (pictures[1],), "What is left of the red circle?", "the blue shape", box),
         Sample("c", (pictures[2], pictures[0]), "yes or no?", "no", box),
     ]
+
+
+def plain_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """transformers' eager attention, but for its softmax in float32: whole maps [B, H, S, S], additive masks."""
+    groups = module.num_key_value_groups
+    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling
+    length = query.shape[2]
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores = scores.masked_fill(hidden, -torch.inf) if attention_mask is None else scores + attention_mask
+    weights = scores.softmax(-1)
+    return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), weights
+
+
+AttentionInterface.register("plain", plain_attention)
+AttentionMaskInterface.register("plain", eager_mask)
+
+
+class Lab:
+    """Tiny float64 models, traces and batches, put together without a recipe.
+
+    Args:
+        folder: a tiny model. width: of the traces' semantics, D_t.
+    """
+
+    def __init__(self, folder: Path, width: int = 24) -> None:
+        self.folder, self.width = folder, width
+
+    def student(
+        self,
+        latents: int = 4,
+        freeze: Sequence[str] = ("vision",),
+        folder: Path | None = None,
+        dtype: str = "float64",
+        init: str = "mean",
+        noise: float = 0.5,
+    ) -> HFStudent:
+        student = HFStudent(str(folder or self.folder), dtype, freeze)
+        generator = torch.Generator().manual_seed(3)
+        student.setup(LearnedLatents(latents, init, noise) if latents else None, generator)
+        return student
+
+    def model(
+        self,
+        targets: Mapping[str, Target] | None = None,
+        gate: Gate | None = None,
+        student: HFStudent | None = None,
+    ) -> LaViT:
+        """A LaViT in training mode; ``targets=None`` gives concept and trajectory."""
+        student = student or self.student()
+        targets = {"concept": ConceptTarget(), "trajectory": TrajectoryTarget()} if targets is None else targets
+        torch.manual_seed(5)
+        for target in targets.values():
+            target.setup(student.backbone.width, student.backbone.depth, student.latents, {"width": self.width})
+        return LaViT(student, gate, targets).to(next(student.parameters()).dtype).train()
+
+    @staticmethod
+    def eager(model: LaViT) -> Qwen2_5_VLForConditionalGeneration:
+        """The same weights in an eager attention that returns whole maps and keeps float64."""
+        twin = copy.deepcopy(model.student.model).train()
+        twin.set_attn_implementation({"text_config": "plain", "vision_config": "sdpa"})
+        return twin
+
+    def encode(self, model: LaViT, samples: Sequence[Sample], order: str = "image_first") -> list[Encoded]:
+        builder = model.student.builder(PromptSettings(system="You are a helpful assistant.", order=order))
+        return [builder.encode(sample, sample.answer) for sample in samples]
+
+    def trace(self, sample: Sample, seed: int = 0) -> Trace:
+        """A random trace over a finer grid than the student's: 4 x 5 tokens an image."""
+        generator = torch.Generator().manual_seed(seed + sum(map(ord, sample.id)))
+        grids = tuple((4, 5) for _ in sample.images)
+        gaze = torch.rand(20 * len(grids), generator=generator, dtype=torch.float64).square()
+        semantics = torch.randn(self.width, generator=generator, dtype=torch.float64)
+        return Trace(sample.id, sample.answer, grids, gaze / 20, semantics, float(gaze.sum() / 20))
+
+    def batch(
+        self,
+        model: LaViT,
+        samples: Sequence[Sample],
+        order: str = "image_first",
+        items: Sequence[Encoded] | None = None,
+    ) -> Batch:
+        items = items or self.encode(model, samples, order)
+        batch = collate(items, model.student.backbone.family, model.student.backbone.tokenizer.pad_token_id)
+        for name, target in model.named_targets.items():
+            batch.targets[name] = stack([target.prepare(item, self.trace(item.sample)) for item in items])
+        return batch
+
+
+@pytest.fixture(scope="session")
+def lab(tiny_folder: Path) -> Lab:
+    return Lab(tiny_folder)
