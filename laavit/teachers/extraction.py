@@ -117,7 +117,7 @@ def record(teacher: HFTeacher, encoded: Sequence[Encoded], answers: Sequence[str
     rows, valid = image_rows(context.mean_rows(), batch.roles)  # [B, R, N], [B, N]
     real = (index >= 0).to(rows.dtype)
     scores = (rows * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)  # S_j of Eq. 2
-    states = hidden.float().cpu()
+    states = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).cpu()
     scores, valid, roles = scores.cpu(), valid.cpu(), batch.roles.cpu()
     traces = []
     for i, item in enumerate(encoded):
@@ -142,7 +142,7 @@ def pool(states: Tensor, gaze: Tensor, settings: ExtractSettings) -> Tensor:
     weights = normalise(gaze)
     if settings.semantics == "gaze_top_k":
         weights = top_k(weights, settings.top_k)
-    return to_distribution(weights) @ states
+    return to_distribution(weights).to(states.dtype) @ states
 
 
 class Extractor:
