@@ -9,10 +9,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from laavit.microlab.scenes import IMAGE_SIZE
+from laavit.microlab.scenes import COLOURS, COUNTS, FORMS, IMAGE_SIZE
 
 HASHES = "hashes.json"
 CARD = "card.md"
+#: kind -> how many answers it has, all about equally frequent
+OPTIONS = {
+    "colour": len(COLOURS),
+    "shape": len(FORMS),
+    "relation": 2,
+    "depth": 2,
+    "reflectance": 2,
+    "count": len(COUNTS),
+}
 
 
 def sha256(path: Path) -> str:
@@ -50,7 +59,10 @@ def verify(folder: Path) -> list[str]:
 def card(recipe: dict[str, Any], figures: dict[str, Any]) -> str:
     """The model card: what it is, how it was trained, what was measured, what not to conclude."""
     answers, vision, found = recipe["answers"], recipe["vision"], figures["validation"]
-    kinds = "\n".join(f"| {kind} | {value:.3f} |" for kind, value in found["accuracy"].items())
+    kinds = "\n".join(
+        f"| {kind} | {value:.3f} | {f'{1 / OPTIONS[kind]:.3f}' if kind in OPTIONS else ''} |"
+        for kind, value in found["accuracy"].items()
+    )
     masses = "\n".join(
         f"| {rows} | {' | '.join(f'{value:.2f}' for value in values)} |" for rows, values in found["in_box"].items()
     )
@@ -73,8 +85,8 @@ Made by `python -m laavit.microlab.pretrain model_zoo/microlab/{recipe["name"]}.
 
 Accuracy on {recipe["validation"]} scenes of the validation split, mean {found["mean"]:.3f}:
 
-| kind | accuracy |
-|---|---|
+| kind | accuracy | by guessing |
+|---|---|---|
 {kinds}
 
 Share of the attention to image tokens that falls inside the boxes, by rows and layer:
