@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,12 @@ def write_tiny_model(folder: Path, layers: int = 3, seed: int = 0, spare: int = 
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_tiny() -> Callable[..., Path]:
+    """``write_tiny_model``, for tests that need another size."""
+    return write_tiny_model
 
 
 @pytest.fixture(scope="session")

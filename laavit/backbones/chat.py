@@ -7,7 +7,6 @@ gate on answer positions reaches one-word answers too (the last latent itself al
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,8 @@ from laavit.registry import SETTINGS, UserError
 from laavit.structures import Encoded, Role, Sample
 
 IGNORED = -100
+#: stands for a question while its place in the prompt is looked for; private characters that no text holds
+MARK = "\ue000question\ue001"
 ORDERS = ("image_first", "question_first")
 
 
@@ -155,10 +156,11 @@ class SequenceBuilder:
         placeholder is expanded or not, so the question is counted from that end of the prompt.
         """
         question = sample.question + self.prompt.suffix
-        found = [match.start() for match in re.finditer(re.escape(question), text)]
-        if not found:
+        # Its place is found with a mark: the words of a question can stand elsewhere in the prompt, too.
+        marked = messages(replace(sample, question=MARK), self.prompt)
+        begin = self.processor.apply_chat_template(marked, add_generation_prompt=True, tokenize=False).find(MARK)
+        if begin < 0 or not text.startswith(question, begin):
             raise UserError(f"sample '{sample.id}': the chat template changed the question '{question[:80]}'")
-        begin = found[-1]
         encoding = self.processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         offsets = encoding["offset_mapping"]
         inside = [i for i, (a, b) in enumerate(offsets) if b > begin and a < begin + len(question) and b > a]

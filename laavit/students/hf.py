@@ -74,7 +74,10 @@ class HFStudent(nn.Module):
             self.latents = latents.count
         names = [name for name, _ in self.model.named_parameters()]
         for part in self.freeze:
-            pattern = re.compile(PARTS.get(part, part))
+            try:
+                pattern = re.compile(PARTS.get(part, part))
+            except re.error as error:
+                raise UserError(f"freeze: '{part}' is neither a part nor a regular expression ({error})") from None
             if part != "head" and not any(pattern.search(name) for name in names):  # a tied head has no parameter
                 raise UserError(f"freeze: '{part}' fits no parameter of {self.path}; parts: {', '.join(PARTS)}")
             for name, parameter in self.model.named_parameters():

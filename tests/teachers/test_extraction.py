@@ -222,9 +222,9 @@ def test_other_settings_or_data_than_the_store_was_begun_with(
 ) -> None:
     teacher = HFTeacher(str(tiny_folder))
     extract(teacher, samples, GOLD, tmp_path, {"annotations_sha256": "1"})
-    with pytest.raises(UserError, match="begun with other settings.*top_k"):
+    with pytest.raises(UserError, match=r"begun with other settings.*top_k"):
         extract(teacher, samples, replace(GOLD, top_k=4), tmp_path, {"annotations_sha256": "1"})
-    with pytest.raises(UserError, match="begun with other settings.*annotations_sha256"):
+    with pytest.raises(UserError, match=r"begun with other settings.*annotations_sha256"):
         extract(teacher, samples, GOLD, tmp_path, {"annotations_sha256": "2"})
     json.loads((tmp_path / "header.json").read_text())
 
