@@ -39,6 +39,18 @@ MAPPINGS = {"targets": "targets", "filters": "filters"}
 SECTIONS = ("prompt", "traces", "extract", "train", "eval")
 PLAIN = {"seed": int, "title": str}
 IMPORTS = "custom_imports"
+#: what a mistake in a file of a user's own raises when it is executed
+MISTAKES = (
+    SyntaxError,
+    NameError,
+    ImportError,
+    AttributeError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,9 @@ def cards(kind: str) -> Mapping[str, Card]:
         missing = [key for key in ("type", "description", "source") if key not in (data or {})]
         if missing:
             raise UserError(f"{path.name} in registry/{kind} lacks {', '.join(missing)}")
-        found[path.stem] = Card(kind, path.stem, data["type"], data.get("args", {}), data["description"], data["source"])
+        found[path.stem] = Card(
+            kind, path.stem, data["type"], data.get("args", {}), data["description"], data["source"]
+        )
     return found
 
 
@@ -89,7 +103,9 @@ def resolve(key: str, kind: str, spec: object) -> dict[str, Any]:
         raise UserError(f"{key}: got {spec!r}; a component is a name or dict(name=..., arguments)")
     args = {k: v for k, v in spec.items() if k not in ("name", "type")}
     if ("name" in spec) == ("type" in spec):
-        raise UserError(f"{key}: got {dict(spec)!r}; a component has either 'name' (in registry/{kind}) or 'type' (a class)")
+        raise UserError(
+            f"{key}: got {dict(spec)!r}; a component has either 'name' (in registry/{kind}) or 'type' (a class)"
+        )
     if "type" in spec:
         return {"type": spec["type"], **args}
     known = cards(kind)
@@ -108,7 +124,9 @@ def checked(key: str, cls: type, args: Mapping[str, Any]) -> dict[str, Any]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "c")
     allowed = [
-        name for name, p in inspect.signature(cls).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        name
+        for name, p in inspect.signature(cls).parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     for name in args:
         if name not in allowed:
@@ -262,10 +280,11 @@ def load_recipe(path: str | Path, argv: Sequence[str] = ()) -> Recipe:
         raise UserError(f"no recipe at '{path}'; give a cfg.py, for example one of model_zoo/")
     try:
         raw = Config.fromfile(path, import_custom_modules=False).to_dict()
-    except (SyntaxError, KeyError, OSError, TypeError, NameError) as error:
-        raise UserError(f"{path} does not read as a recipe: {error}") from None
+    except MISTAKES as error:
+        raise UserError(f"{path} does not read as a recipe: {' '.join(str(error).split())}") from None
     raw = _plain(raw)
-    _import_all(raw.get(IMPORTS), path.parent)
+    if raw.get(IMPORTS) is not None:
+        raw[IMPORTS] = _import_all(raw[IMPORTS], path.resolve().parent)
     return Recipe(apply_overrides(raw, parse_overrides(argv)), path)
 
 
@@ -277,24 +296,36 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _import_all(spec: Any, beside: Path) -> None:
-    """Import ``custom_imports``: module names, or ``.py`` files beside the recipe."""
-    names = spec.get("imports", []) if isinstance(spec, Mapping) else spec or []
-    for name in [names] if isinstance(names, str) else names:
-        if not name.endswith(".py"):
-            try:
-                importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                raise UserError(f"{IMPORTS}: no module '{name}' ({error})") from None
-            continue
-        file = (beside / name).resolve()
-        if not file.is_file():
-            raise UserError(f"{IMPORTS}: no file '{file}'")
-        module = f"laavit_custom_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-        if module in sys.modules:
-            continue  # registered already; a second execution would register every class twice
+def _import_all(spec: Any, beside: Path) -> list[str]:
+    """Import ``custom_imports``: module names, or ``.py`` files beside the recipe; returns them with files' full paths."""
+    names = spec.get("imports", []) if isinstance(spec, Mapping) else spec
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{IMPORTS}: got {spec!r}; allowed: a list of modules and .py files")
+    return [_import_file((beside / name).resolve()) if name.endswith(".py") else _import_module(name) for name in names]
+
+
+def _import_module(name: str) -> str:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{IMPORTS}: no module '{name}' ({error})") from None
+    return name
+
+
+def _import_file(file: Path) -> str:
+    if not file.is_file():
+        raise UserError(f"{IMPORTS}: no file '{file}'")
+    module = f"laavit_custom_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    if module not in sys.modules:  # a second execution would register every class twice
         loader = importlib.util.spec_from_file_location(module, file)
         assert loader is not None and loader.loader is not None, "a .py file always has a loader"
         loaded = importlib.util.module_from_spec(loader)
-        sys.modules[module] = loaded
-        loader.loader.exec_module(loaded)
+        try:
+            sys.modules[module] = loaded
+            loader.loader.exec_module(loaded)
+        except MISTAKES as error:
+            del sys.modules[module]
+            what = " ".join(str(error).split())
+            raise UserError(f"{IMPORTS}: '{file}' cannot be imported: {type(error).__name__}: {what}") from error
+    return str(file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,4 +119,4 @@ def run_recipe(run: Path) -> Recipe:
     file = run / "recipe.json"
     if not file.is_file():
         raise UserError(f"'{run}' is no run folder: recipe.json is missing")
-    return Recipe(json.loads(file.read_text(encoding="utf-8")), file)
+    return load_recipe(file)
