@@ -144,10 +144,16 @@ def build_model(recipe: Any, header: Mapping[str, Any]) -> LaViT:
         student = recipe.build("student")
         latents = recipe.build("latents") if recipe.has("latents") else None
         student.setup(latents, generator)
-        targets = {name: recipe.build(f"targets.{name}") for name in recipe.config["targets"]}
-        for name, target in targets.items():
-            try:
-                target.setup(student.backbone.width, student.backbone.depth, student.latents, header)
-            except UserError as error:
-                raise UserError(f"targets.{name}: {error}") from None
+        targets = build_targets(recipe, student, header)
     return LaViT(student, recipe.build("gate") if recipe.has("gate") else None, targets)
+
+
+def build_targets(recipe: Any, student: Any, header: Mapping[str, Any]) -> dict[str, Target]:
+    """The recipe's targets, with the sizes of a student that is set up and of the traces' header."""
+    targets = {name: recipe.build(f"targets.{name}") for name in recipe.config["targets"]}
+    for name, target in targets.items():
+        try:
+            target.setup(student.backbone.width, student.backbone.depth, student.latents, header)
+        except UserError as error:
+            raise UserError(f"targets.{name}: {error}") from None
+    return targets

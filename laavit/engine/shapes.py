@@ -1,0 +1,208 @@
+"""Models as shapes: built from configurations alone, run without storage, with every byte they would hold counted.
+
+PyTorch's fake tensors carry shape, type and autograd history but no data. Integers (token ids, roles, masks) stay real,
+so that the library's own forward pass runs unchanged; ``Meter`` counts what is alive after every operation.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+
+from laavit.backbones.base import Backbone, dtype_of
+from laavit.paths import project_data
+from laavit.recipe import zoo_path
+from laavit.registry import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What is known of a model without its weights.
+
+    Args:
+        config: its configuration. source: where that is from.
+        tokens: size of its tokenizer (the embedding may have more rows). max_pixels: its processor's own bound.
+        processor: the real processor, where the folder holds one.
+    """
+
+    config: PreTrainedConfig
+    source: str
+    tokens: int
+    max_pixels: int
+    processor: Any = None
+
+
+def published_names() -> dict[str, Path]:
+    """Hub names whose published configuration is kept in ``model_zoo/configs``."""
+    files = sorted((project_data("model_zoo") / "configs").glob("*.json"))
+    return {file.stem.replace("--", "/"): file for file in files}
+
+
+def blueprint(path: str) -> Blueprint:
+    """The blueprint of a hub name with a kept configuration, or of a local folder.
+
+    Raises:
+        UserError: it is neither, or the folder's configuration cannot be read.
+    """
+    known, place = published_names(), Path(zoo_path(path))
+    if path in known:
+        data = json.loads(known[path].read_text(encoding="utf-8"))
+        config = CONFIG_MAPPING[data["config"]["model_type"]].from_dict(data["config"])
+        return Blueprint(config, data["source"], data["tokens"], data["max_pixels"])
+    if not (place / "config.json").is_file():
+        raise UserError(
+            f"'{path}' is no local folder with a config.json, and its configuration is not kept here; "
+            f"{nearest(path, known)}"
+        )
+    try:
+        config = AutoConfig.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the configuration in '{path}' cannot be read: {str(error).splitlines()[0]}") from None
+    try:
+        processor = AutoProcessor.from_pretrained(place, local_files_only=True)
+        pixels = int(processor.image_processor.size["longest_edge"])
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # a folder with a configuration alone
+        return Blueprint(config, str(place), config.get_text_config().vocab_size, 1_003_520)
+    return Blueprint(config, str(place), len(processor.tokenizer), pixels, processor)
+
+
+class CountedTokenizer:
+    """A tokenizer of which only the size is known; new tokens get the next ids.
+
+    Args:
+        size: number of tokens it starts with.
+    """
+
+    pad_token_id = 0
+    unk_token_id = None
+
+    def __init__(self, size: int) -> None:
+        self._size, self._new = size, dict[str, int]()
+
+    def __len__(self) -> int:
+        return self._size + len(self._new)
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self._new)
+
+    def add_tokens(self, tokens: Sequence[str], special_tokens: bool = False) -> int:
+        for token in tokens:
+            self._new.setdefault(token, len(self))
+        return len(tokens)
+
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
+        return [self._new[token] for token in tokens]
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Any text counts as one known token (``latents.init`` may name one)."""
+        return [0]
+
+
+@dataclass
+class CountedProcessor:
+    """Stands for a processor whose tokenizer alone is asked."""
+
+    tokenizer: CountedTokenizer
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode for tensors without storage that may meet real ones (masks and ids) in one operation."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def shaped_backbone(plan: Blueprint, dtype: str, attention: str, mode: FakeTensorMode, new_tokens: int = 0) -> Backbone:
+    """The blueprint's model out of fake tensors, with room in its embedding for ``new_tokens`` more tokens."""
+    config = copy.deepcopy(plan.config)
+    with mode, torch.random.fork_rng():
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype_of(dtype), attn_implementation={"text_config": attention, "vision_config": "sdpa"}
+        )
+        model.tie_weights()
+        if plan.tokens + new_tokens > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(plan.tokens + new_tokens, mean_resizing=False)
+    return Backbone(model, plan.processor or CountedProcessor(CountedTokenizer(plan.tokens)))
+
+
+def bytes_of(tensors: Any) -> int:
+    """Bytes of distinct tensors."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes alive after every operation inside it; what existed before is not counted.
+
+    Boolean indexing, whose result's shape depends on the mask's values, is done by counting the real mask.
+
+    Attributes:
+        live: bytes alive now. peak: their highest so far. apart: bytes of gradients (``watch``), part of ``live``.
+        peak_apart: the highest of ``live`` less the gradients.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.apart = self.peak_apart = 0
+        self._seen: set[int] = set()
+
+    def watch(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Book the gradients of these parameters apart from everything else."""
+
+        def booked(parameter: Tensor) -> None:
+            if parameter.grad is not None and id(parameter) not in done:
+                done.add(id(parameter))
+                self.apart += bytes_of([parameter.grad])
+
+        done: set[int] = set()
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(booked)
+
+    def ignore(self, tensors: Any) -> None:
+        """Do not count these tensors: they existed before."""
+        self._seen.update(t.untyped_storage()._cdata for t in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], _counted(args[0], args[1]), *args[2:])
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        self.peak_apart = max(self.peak_apart, self.live - self.apart)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += size
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+def _counted(source: Tensor, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Index tensors in which each real boolean mask on a fake tensor is replaced by integers of its count."""
+    if not isinstance(source, FakeTensor):
+        return list(indices)
+    replaced: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+            replaced.append(index)
+        else:
+            replaced.extend(torch.zeros(1, dtype=torch.long).expand(int(index.sum())) for _ in range(index.ndim))
+    return replaced

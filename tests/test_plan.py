@@ -1,0 +1,239 @@
+"""laavit plan: published counts, tiny folders, what users get wrong, and its memory against a measured step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from laavit.backbones import Backbone, PromptSettings, collate
+from laavit.cli import main
+from laavit.commands.plan import memory_size, verdict
+from laavit.engine import plan as planning
+from laavit.engine.runner import enable_gradient_checkpointing
+from laavit.engine.shapes import blueprint, bytes_of, fake_mode, published_names, shaped_backbone
+from laavit.model import LaViT, build_model
+from laavit.recipe import Recipe, load_recipe
+from laavit.registry import UserError
+from laavit.structures import Sample
+
+LOAD = planning.Load(text=24, answer=4)
+#: what the meter may differ by from the allocator's own account of the same step
+TOLERANCE = 0.02
+
+
+def recipe_of(folder: Path, **changes: Any) -> Recipe:
+    component = {"name": "hf", "path": str(folder)}
+    parts = {
+        "student": component,
+        "teacher": component,
+        "latents": {"name": "learned", "count": 3},
+        "gate": {"name": "cosine", "warmup": 4},
+        "targets": {"concept": "concept", "trajectory": "trajectory"},
+        "train": {"steps": 10, "batch_size": 4},
+    }
+    return Recipe({**parts, **changes})
+
+
+@pytest.mark.parametrize("name", sorted(published_names()))
+def test_published_configurations_give_the_published_counts(name: str) -> None:
+    stored = json.loads(published_names()[name].read_text(encoding="utf-8"))
+    model = shaped_backbone(blueprint(name), "bfloat16", "laavit", fake_mode()).model
+    assert sum(p.numel() for p in model.parameters()) == stored["parameters"]
+    assert bytes_of(model.parameters()) == 2 * stored["parameters"]
+
+
+def test_the_paper_s_model_fits_its_parts() -> None:
+    """Real shapes of 3B under a 32B teacher: latents, heads, gate and every loss; gradients where they should be."""
+    recipe = load_recipe("zoo:lavit/lavit.py")
+    shaped = planning.shape_models(recipe)
+    counts = planning.parameters_by_part(shaped.model)
+    assert counts["target heads"]["all"] == 2048 * 2048 + 2048 + 2048 * 5120 + 5120  # phi of Eq. 6 reads D, gives D_t
+    assert counts["vision"] == {"all": 668_684_288, "trainable": 0}
+    assert (
+        "head" not in counts and counts["embeddings"]["all"] == 151_936 * 2048
+    )  # tied, and the latents need no new row
+    step = planning.training_step(shaped, 1, planning.Load(), checkpointing=False)
+    assert step["losses"] == ["ntp", "concept", "trajectory"] and step["without_gradient"] == []
+    assert step["image_tokens"] == 1280 and step["sequence"] == 1280 + 128 + 16 + 5
+    assert step["gradients"] == 4 * sum(part["trainable"] for part in counts.values())
+
+
+def test_a_tiny_folder_is_planned_as_it_is_built(tiny_folder: Path) -> None:
+    recipe = recipe_of(tiny_folder)
+    found = planning.make_plan(recipe, LOAD)
+    real = build_model(recipe, {"width": 32, "depth": 3})
+    assert found["total"]["all"] == sum(p.numel() for p in real.parameters())
+    assert found["total"]["trainable"] == sum(p.numel() for _, p in real.trainable_parameters())
+    assert found["latents"] == {"count": 3, "embedding_rows": real.student.model.get_input_embeddings().weight.shape[0]}
+    assert found["gate"]["gamma_first"] == 1e-6 and found["gate"]["open_from"] == 4
+    assert found["training"]["plain"]["activations"] > found["training"]["checkpointed"]["activations"]
+    assert found["extraction"]["trace"] == 4 * 64 + 4 * 32  # 128 x 128 px, patch 8, merge 2; 32 wide
+
+
+def test_a_full_embedding_grows_by_latents_and_separator(tiny_folder: Path, tmp_path: Path) -> None:
+    """A folder with a configuration alone: every row counts as taken."""
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    rows = AutoConfig.from_pretrained(tiny_folder).get_text_config().vocab_size
+    component = {"name": "hf", "path": str(tmp_path), "max_pixels": 64 * 64}
+    found = planning.make_plan(recipe_of(tmp_path, student=component, teacher=component), LOAD)
+    assert found["latents"]["embedding_rows"] == rows + 4
+
+
+def test_accumulation_and_processes_share_a_batch(tiny_folder: Path) -> None:
+    whole = planning.make_plan(recipe_of(tiny_folder), LOAD)
+    parts = planning.make_plan(
+        recipe_of(tiny_folder, train={"batch_size": 4, "accumulate": 2}), planning.Load(text=24, answer=4, gpus=2)
+    )
+    assert parts["step"]["micro_batch"] == 1 < whole["step"]["micro_batch"]
+    assert parts["training"]["plain"]["activations"] < whole["training"]["plain"]["activations"]
+    assert parts["training"]["plain"]["buckets"] == parts["training"]["plain"]["gradients"]
+    with pytest.raises(UserError, match="does not divide"):
+        planning.make_plan(recipe_of(tiny_folder), planning.Load(gpus=3))
+
+
+def test_a_trained_vision_tower_costs_more(tiny_folder: Path) -> None:
+    component = {"name": "hf", "path": str(tiny_folder)}
+    frozen = planning.make_plan(recipe_of(tiny_folder), LOAD)["training"]["plain"]
+    trained = planning.make_plan(recipe_of(tiny_folder, student={**component, "freeze": []}), LOAD)["training"]["plain"]
+    assert trained["activations"] > frozen["activations"] and trained["optimizer"] > frozen["optimizer"]
+
+
+# --- against a measured step -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, wider and deeper, so that tensors outweigh what the allocator rounds up."""
+    folder = tmp_path_factory.mktemp("wide")
+    shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
+    config = AutoConfig.from_pretrained(tiny_folder)
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 128, 384, 6
+    text.layer_types = ["full_attention"] * 6
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
+    config.vision_config.out_hidden_size = 128
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def measured_step(model: LaViT, shaped: planning.Shaped, size: int, precision: str) -> int:
+    """The highest number of bytes that PyTorch's CPU allocator held during one real step, over what it held before."""
+    backbone = model.student.backbone
+    item = planning.example(backbone, shaped.grid("student", shaped.plan), model.student.latents, LOAD)
+    features = torch.randn(item.spans[0].height * item.spans[0].width, backbone.width)
+    batch = collate([replace(item, features=features)] * size, backbone.family, 0)
+    batch.targets = planning.prepared_targets(shaped, item, size)
+    model.train()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            losses = model(batch)
+        losses["loss"].backward()
+    model.zero_grad(set_to_none=True)
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_equals_a_measured_step(wide_folder: Path, checkpointing: bool, precision: str) -> None:
+    recipe = recipe_of(wide_folder, train={"batch_size": 8, "precision": precision})
+    shaped = planning.shape_models(recipe)
+    planned = planning.training_step(shaped, 8, LOAD, checkpointing)["peak"]
+    real = build_model(recipe, {"width": 128, "depth": 6})
+    if checkpointing:
+        enable_gradient_checkpointing(real)
+    measured = measured_step(real, shaped, 8, precision)
+    assert measured > 10e6, "too small to compare"
+    assert abs(planned - measured) <= TOLERANCE * measured, f"planned {planned:,}, measured {measured:,}"
+
+
+# --- the command, and the pixel bounds it reads ----------------------------------------------------------------------
+
+
+def test_the_command_prints_tables_and_json(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = tmp_path / "cfg.py"
+    cfg.write_text(f"student = dict(name='hf', path={str(tiny_folder)!r})\ntrain = dict(batch_size=2)\n")
+    assert main(["plan", str(cfg), "--memory", "8GB"]) == 0
+    text = capsys.readouterr().out
+    assert "AdamW states" in text and "assumed:" in text and "fits" in text
+    assert main(["plan", str(cfg), "--json", "--gpus", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"]["micro_batch"] == 1 and found["gate"] is None and found["extraction"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--memory", "lots"], "--memory: got 'lots'"),
+        (["--gpus", "0"], "--gpus: got 0"),
+        (["--gpus", "many"], "invalid int value"),
+        (["--student.path", "Qwen/Qwen2.5-VL-4B-Instruct"], "did you mean 'Qwen/Qwen2.5-VL-"),
+        (["--gaet", "hard"], "no such key in a recipe"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "zoo:lavit/naive_sft.py", *words]) == 2
+    error = capsys.readouterr().err
+    assert part in error and "Traceback" not in error
+
+
+def test_memory_sizes_and_the_verdict() -> None:
+    assert memory_size("80GB") == 80 * 10**9 and memory_size("2 GiB") == 2**31 and memory_size("24") == 24 * 10**9
+    entry = {"weights": 10, "gradients": 10, "optimizer": 20, "buckets": 0, "activations": 64, "peak": 100}
+    found = {
+        "step": {"checkpointing": True, "micro_batch": 8, "accumulate": 1},
+        "training": {"checkpointed": entry, "plain": entry},
+    }
+    assert verdict(found, 100)["fits"] and not verdict(found, 99)["fits"]
+    assert "train.accumulate=4" in verdict(found, 60)["advice"]
+    assert "freeze more" in verdict(found, 40)["advice"]
+    assert "max_pixels" in verdict(found, 44)["advice"]
+
+
+RECIPES = ("naive_sft", "lavit", "no_trajectory", "no_concept", "hard_gate", "single_stage")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_paper_s_recipes_resolve(name: str) -> None:
+    recipe = load_recipe(f"zoo:lavit/{name}.py")
+    train = recipe.build("train")
+    assert (train.steps, train.batch_size, train.lr, train.betas) == (1000, 16, 5e-6, (0.9, 0.999))
+    assert train.gradient_checkpointing and train.precision == "bf16" and train.warmup_steps == 30
+    expected = {"naive_sft": set(), "no_trajectory": {"concept"}, "no_concept": {"trajectory"}}
+    assert set(recipe.config["targets"]) == expected.get(name, {"concept", "trajectory"})
+    if name == "naive_sft":
+        assert not recipe.has("latents") and not recipe.has("gate") and "latent" not in recipe.build("prompt").system
+    else:
+        gamma = {"hard_gate": (0.0, 0.0, 1.0), "single_stage": (1.0, 1.0, 1.0)}.get(name, (1e-6, 0.5, 1.0))
+        gate = recipe.build("gate")
+        assert [gate.gamma(step) for step in (0, 200, 400)] == pytest.approx(gamma, abs=1e-6)
+
+
+def test_pixel_bounds_scale_images_and_are_saved(tiny_folder: Path, pictures: list[Path], tmp_path: Path) -> None:
+    def tokens(backbone: Backbone) -> int:
+        (span,) = backbone.builder(PromptSettings()).prompt_of(Sample("a", (pictures[1],), "What?", "blue")).spans
+        return span.height * span.width
+
+    own = Backbone.load(str(tiny_folder))
+    assert tokens(own) == 12  # 64 x 48 px, 16 px a token
+    small = Backbone.load(str(tiny_folder), max_pixels=32 * 32)
+    assert tokens(small) <= 4 and small.processor.image_processor.size["shortest_edge"] == 16 * 16
+    small.save(tmp_path)
+    assert dict(AutoProcessor.from_pretrained(tmp_path).image_processor.size)["longest_edge"] == 32 * 32
+    assert tokens(Backbone.load(str(tiny_folder), min_pixels=128 * 128, max_pixels=256 * 256)) >= 60
+    with pytest.raises(UserError, match="min_pixels <= max_pixels"):
+        Backbone.load(str(tiny_folder), min_pixels=2000, max_pixels=1000)
