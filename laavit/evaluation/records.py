@@ -139,7 +139,8 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"there are no evaluation records at '{file}'")
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines(): an answer may hold U+2028 and its like, which JSON leaves as they are
+    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
