@@ -39,7 +39,7 @@ def run(command: str, argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"laavit.commands.{COMMANDS[command][0]}")
         return int(module.main(arguments) or 0)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {_sentence(error)}\n")
         return 2
     except BrokenPipeError:  # `laavit list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,6 +47,12 @@ def run(command: str, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped; what was finished is kept, and the same command with --resume goes on\n")
         return 130
+
+
+def _sentence(error: UserError) -> str:
+    """The error's sentence; torch wraps what a data worker raises into its traceback, whose last line it is."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

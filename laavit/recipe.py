@@ -192,14 +192,14 @@ class Recipe:
             UserError: the recipe leaves this part out.
         """
         if key in SECTIONS:
-            return SETTINGS.find(key)(**copy.deepcopy(self.config[key]))
+            return _call(key, SETTINGS.find(key), self.config[key])
         head, _, tail = key.partition(".")
         spec = self.config[head].get(tail) if tail else self.config.get(head)
         if spec is None:
             raise UserError(f"{key}: this recipe ({self.config['title']}) has none, and it is needed here")
-        args = copy.deepcopy(dict(spec))
         kind = KINDS[MAPPINGS[head] if tail else COMPONENTS[head]]
-        return _find(key, kind, args.pop("type"))(**args)
+        args = {name: value for name, value in spec.items() if name != "type"}
+        return _call(key, _find(key, kind, spec["type"]), args)
 
     def arguments(self, key: str) -> dict[str, Any]:
         """The checked arguments of a component, defaults included."""
@@ -222,6 +222,15 @@ def _find(key: str, kind: Kind, name: str) -> type:
         return kind.find(name)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def _call(key: str, cls: Any, args: Mapping[str, Any]) -> Any:
+    """An object of a class; what it refuses is said with the recipe's key."""
+    try:
+        return cls(**copy.deepcopy(dict(args)))
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(key) else f"{key}: {text}") from error
 
 
 def parse_overrides(argv: Sequence[str]) -> dict[str, Any]:
@@ -297,7 +306,7 @@ def _plain(value: Any) -> Any:
 
 
 def _import_all(spec: Any, beside: Path) -> list[str]:
-    """Import ``custom_imports``: module names, or ``.py`` files beside the recipe; returns them with files' full paths."""
+    """Import ``custom_imports``: modules, or ``.py`` files beside the recipe; returns them, files by their full paths."""
     names = spec.get("imports", []) if isinstance(spec, Mapping) else spec
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
 from laavit.backbones import PromptSettings, collate
+from laavit.cli import run as cli_run
 from laavit.gates import Gate
 from laavit.latents import LearnedLatents
 from laavit.model import LaViT
@@ -245,3 +248,67 @@ class Lab:
 @pytest.fixture(scope="session")
 def lab(tiny_folder: Path) -> Lab:
     return Lab(tiny_folder)
+
+
+RECIPE = """
+student = dict(name="hf", path={model!r})
+teacher = dict(name="hf", path={model!r})
+latents = dict(name="learned", count=4, noise=0.5)
+gate = dict(name="cosine", warmup=2)
+targets = dict(concept="concept", trajectory="trajectory")
+filters = dict(alignment=dict(name="alignment", minimum=0.05))
+data = dict(name="visual_cot", annotations={annotations!r}, root={root!r})
+prompt = dict(system="You look closely.")
+traces = dict(path={traces!r})
+extract = dict(answer="gold", batch_size=2, shard_size=4)
+train = dict(steps=3, batch_size=2, lr=3e-3, warmup_ratio=0.0, checkpoint_every=2, tensorboard=False, device="cpu")
+"""
+
+
+def write_project(folder: Path, model: Path, pictures: Sequence[Path]) -> Path:
+    """A data set in the published form, its images, and a recipe ``cfg.py`` over a tiny model; returns the recipe."""
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for index, picture in enumerate(pictures):
+        shutil.copy(picture, folder / "images" / picture.name)
+        for number, (question, answer) in enumerate([("What colour is the shape?", "blue"), ("yes or no?", "no")]):
+            records.append(
+                {
+                    "question_id": 10 * index + number,
+                    "dataset": "gqa",
+                    "split": "train",
+                    "image": [picture.name],
+                    "conversations": [
+                        {"from": "human", "value": f"<image>\n{question}"},
+                        {"from": "gpt", "value": f"<answer> {answer} </answer>"},
+                    ],
+                    "bboxes": [[0.1, 0.2, 0.6, 0.9]],
+                }
+            )
+    (folder / "data.json").write_text(json.dumps(records))
+    places = {"annotations": folder / "data.json", "root": folder / "images", "traces": folder / "traces"}
+    text = RECIPE.format(model=str(model), **{name: str(place) for name, place in places.items()})
+    (folder / "cfg.py").write_text(text)
+    return folder / "cfg.py"
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, pictures: list[Path]) -> Path:
+    """A recipe whose traces are extracted; treat as read-only."""
+    recipe = write_project(tmp_path_factory.mktemp("project") / "p", tiny_folder, pictures)
+    assert cli_run("extract", [str(recipe)]) == 0
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def trained(project: Path) -> Path:
+    """A run folder of that recipe; treat as read-only."""
+    run = project.parent / "run"
+    assert cli_run("train", [str(project), "--work-dir", str(run)]) == 0
+    return run
+
+
+@pytest.fixture
+def own_project(tmp_path: Path, tiny_folder: Path, pictures: list[Path]) -> Path:
+    """A recipe without traces, in a folder of one's own."""
+    return write_project(tmp_path / "own", tiny_folder, pictures)

@@ -41,10 +41,13 @@ def export_run(run: Path, out: Path, checkpoint: Path | None = None) -> Path:
     """Write ``out``: weights, tokenizer, processor, chat template, and ``laavit.json``.
 
     Raises:
-        UserError: the run has no checkpoint, or ``out`` exists and is no export.
+        UserError: the run or the checkpoint is not complete, or ``out`` exists and is no export.
     """
+    from laavit.engine.checkpoint import read_state
+
     recipe = run_recipe(run)
     source = checkpoint or checkpoint_of(run)
+    read_state(source)  # refuses what is no complete checkpoint
     if out.exists() and any(out.iterdir()) and not (out / CARD).is_file():
         raise UserError(f"'{out}' exists and is no export of laavit; name another folder")
     latents = int(recipe.arguments("latents").get("count", 0)) if recipe.has("latents") else 0

@@ -16,11 +16,15 @@ from laavit.registry import KINDS, UserError, nearest
 
 def list_parts(kind: str | None) -> None:
     kinds = list(KINDS) if kind is None else [kind]
-    table = Table("kind", "name", "description", "source", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("kind", "name", "description", "source"):
+        table.add_column(title, overflow="fold")
     for each in kinds:
         for card in cards(each).values():
             table.add_row(each, card.name, card.description, card.source)
-    Console().print(table)
+    console = Console()
+    # In a pipe one line a part, whatever the width.
+    (console if console.is_terminal else Console(width=240)).print(table)
 
 
 def show_part(name: str) -> None:

@@ -45,6 +45,8 @@ class ConceptTarget(Target):
     def setup(self, width: int, depth: int, latents: int, header: Mapping[str, Any]) -> None:
         if latents == 0:
             raise UserError("the concept target reads the latents' states, and this recipe has no latents")
+        if "width" not in header:
+            raise UserError("the concept target needs traces: give traces.path (tools/extract.py makes them)")
         middle = self.hidden or width
         self.head = nn.Sequential(nn.Linear(width, middle), nn.GELU(), nn.Linear(middle, int(header["width"])))
 

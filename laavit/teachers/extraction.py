@@ -1,8 +1,8 @@
 """From a teacher to traces (LaViT, Sec. 4.1): a greedy answer, then one pass that records gaze and semantics.
 
-The second pass records the chosen rows alone (O(R * S), never S x S) and takes the last layer's states at the image tokens. In a
-causal decoder with the image before the question those states cannot depend on the question; gaze-weighted pooling, or the prompt
-order 'question_first', makes the semantics contextual. All of it is a setting.
+The second pass records the chosen rows alone (O(R * S), never S x S) and takes the last layer's states at the image
+tokens. In a causal decoder with the image before the question those states cannot depend on the question; gaze-weighted
+pooling, or the prompt order 'question_first', makes the semantics contextual. All of it is a setting.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -103,7 +104,9 @@ def store_header(teacher: HFTeacher, settings: ExtractSettings, data: Mapping[st
 
 
 @torch.no_grad()
-def record(teacher: HFTeacher, encoded: Sequence[Encoded], answers: Sequence[str], settings: ExtractSettings) -> list[Trace]:
+def record(
+    teacher: HFTeacher, encoded: Sequence[Encoded], answers: Sequence[str], settings: ExtractSettings
+) -> list[Trace]:
     """One teacher-forced pass over answered samples: gaze (Eq. 2) and semantics of each.
 
     Args:
@@ -112,7 +115,7 @@ def record(teacher: HFTeacher, encoded: Sequence[Encoded], answers: Sequence[str
     backbone = teacher.backbone
     batch = collate(encoded, backbone.family, backbone.tokenizer.pad_token_id).to(backbone.device)
     index = torch.cat([row_positions(batch, kind) for kind in settings.rows], 1)
-    context = AttentionContext(rows=index, layers=settings.layers, num_layers=backbone.depth)
+    context = AttentionContext(rows=index, layers=settings.layers, num_layers=backbone.depth, merged=True)
     hidden = backbone.forward(batch, context)
     rows, valid = image_rows(context.mean_rows(), batch.roles)  # [B, R, N], [B, N]
     real = (index >= 0).to(rows.dtype)
@@ -122,6 +125,11 @@ def record(teacher: HFTeacher, encoded: Sequence[Encoded], answers: Sequence[str
     traces = []
     for i, item in enumerate(encoded):
         gaze = scores[i][valid[i]]
+        if not bool(torch.isfinite(gaze).all() and torch.isfinite(states[i][roles[i] == Role.IMAGE]).all()):
+            raise UserError(
+                f"the trace of sample '{item.sample.id}' is not finite: the teacher's weights are damaged, "
+                f"or its numbers overflow in {hidden.dtype} (teacher.dtype)"
+            )
         traces.append(
             Trace(
                 sample_id=item.sample.id,
@@ -137,9 +145,9 @@ def record(teacher: HFTeacher, encoded: Sequence[Encoded], answers: Sequence[str
 
 def pool(states: Tensor, gaze: Tensor, settings: ExtractSettings) -> Tensor:
     """V_sem of one sample: image states [N, D] weighted by the gaze [N] (Eq. 3), or their mean -> [D]."""
-    if settings.semantics == "mean":
-        return states.mean(0)
     weights = normalise(gaze)
+    if settings.semantics == "mean" or not bool(weights.any()):  # one token, or none looked at more than another
+        return states.mean(0)
     if settings.semantics == "gaze_top_k":
         weights = top_k(weights, settings.top_k)
     return to_distribution(weights).to(states.dtype) @ states
@@ -184,7 +192,8 @@ def extract(
     """Write the traces of all samples into a store, going on where an earlier run stopped.
 
     Args:
-        samples: in a fixed order, which the shards follow. out: the store's folder. data: what the header says of the data.
+        samples: in a fixed order, which the shards follow. out: the store's folder.
+        data: what the header says of the data.
     """
     writer = TraceWriter(out, store_header(teacher, settings, data), settings.shard_size)
     extractor = Extractor(teacher, settings)
@@ -199,7 +208,7 @@ def extract(
 
 def _progress(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
     columns = (TextColumn("extracting"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("extracting", total=len(samples))
         for start in range(0, len(samples), size):
             batch = samples[start : start + size]

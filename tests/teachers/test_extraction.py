@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import laavit.teachers.extraction as extraction
@@ -261,6 +262,14 @@ def test_rows_of_a_student_with_latents_can_be_read_too(lab: Any, samples: list[
     assert ROW_KINDS["separator"](batch).sum(1).tolist() == [1, 1, 1]
     assert (batch.roles == Role.LATENT).sum(1).tolist() == [2, 2, 2]
     assert all(trace.mass > 0 for trace in traces)
+
+
+@pytest.mark.parametrize("pooling", ["gaze_top_k", "gaze", "mean"])
+def test_an_image_of_one_token_has_its_own_state(teacher: HFTeacher, tmp_path: Path, pooling: str) -> None:
+    """Eq. 3 makes zeros of a constant map; the semantics are then the plain mean."""
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "dot.png")
+    (trace,) = Extractor(teacher, replace(GOLD, semantics=pooling))([Sample("dot", (tmp_path / "dot.png",), "?", "no")])
+    assert trace.grids == ((1, 1),) and torch.isfinite(trace.semantics).all() and trace.semantics.abs().sum() > 0
 
 
 def test_boxes_do_not_change_a_trace(teacher: HFTeacher, samples: list[Sample]) -> None:
