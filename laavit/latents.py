@@ -68,7 +68,8 @@ class LearnedLatents:
             given = tokenizer.encode(self.init, add_special_tokens=False)
             if len(given) != 1:
                 raise UserError(
-                    f"latents.init: got '{self.init}', which is {len(given)} tokens; give 'mean', 'random' or one token's text"
+                    f"latents.init: got '{self.init}', which is {len(given)} tokens; "
+                    "give 'mean', 'random' or one token's text"
                 )
             rows = known[given[0]].expand(len(ids), -1)
         rows = rows + self.noise * spread * torch.randn(len(ids), known.shape[1], generator=generator)

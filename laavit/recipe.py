@@ -306,7 +306,7 @@ def _plain(value: Any) -> Any:
 
 
 def _import_all(spec: Any, beside: Path) -> list[str]:
-    """Import ``custom_imports``: modules, or ``.py`` files beside the recipe; returns them, files by their full paths."""
+    """Import ``custom_imports``: modules, or ``.py`` files beside the recipe; returns them, files by full path."""
     names = spec.get("imports", []) if isinstance(spec, Mapping) else spec
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):

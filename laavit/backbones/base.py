@@ -24,6 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def dtype_of(name: str) -> torch.dtype:
+    """A dtype by name; a ``UserError`` names the nearest."""
     if name not in DTYPES:
         raise UserError(f"no dtype is called '{name}'; {nearest(name, DTYPES)}")
     return DTYPES[name]
@@ -87,7 +88,8 @@ class Backbone:
             )
             processor = AutoProcessor.from_pretrained(place)
         except (OSError, ValueError, HfHubHTTPError) as error:
-            raise UserError(f"no vision-language model can be read from '{path}': {str(error).splitlines()[0]}") from None
+            what = str(error).splitlines()[0]
+            raise UserError(f"no vision-language model can be read from '{path}': {what}") from None
         bound_pixels(processor.image_processor, min_pixels, max_pixels)
         return cls(model.to(device), processor)
 
@@ -177,7 +179,8 @@ def collate(items: Sequence[Encoded], family: Any, pad: int) -> Batch:
     """Right-pad samples into one batch.
 
     Args:
-        items: encoded samples, all with cached features or all without. family: their model family. pad: padding token id.
+        items: encoded samples, all with cached features or all without. family: their model family.
+        pad: padding token id.
     """
     length = max(len(item.input_ids) for item in items)
 

@@ -1,8 +1,8 @@
 """The sequence contract: ``[system, user(image, question), assistant: <latents> answer]``, built in this one place.
 
-Training, trace extraction, generation and evaluation all read sequences from here. Latents stand at the end of the generation
-prompt, followed by a separator: the last latent predicts the separator, the separator predicts the first answer token, so that a
-gate on answer positions reaches one-word answers too (the last latent itself always sees the image).
+Training, trace extraction, generation and evaluation all read sequences from here. Latents stand at the end of the
+generation prompt, followed by a separator: the last latent predicts the separator, the separator predicts the first
+answer token, so that a gate on answer positions reaches one-word answers too (the last latent always sees the image).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class PromptSettings:
     """How a question is put.
 
     Args:
-        system: the system prompt (App. C.3: an expert that handles visual information through latent tokens, in our wording).
+        system: the system prompt (App. C.3: an expert that handles visual information through latent tokens, in our
+            wording).
         order: 'image_first', or 'question_first' (then the image's states can depend on the question).
         suffix: text after the question, for example a request to answer in one word.
     """

@@ -23,11 +23,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def recipe_parser(prog: str, description: str) -> Parser:
+    """The parser of a command that takes a recipe; unknown flags are the recipe's overrides."""
     parser = Parser(
         prog=prog,
         description=description,
         add_help=False,
-        epilog="Any key of the recipe is a flag: --gate hard --latents.count 6 --seed 3. --help with a recipe lists them all.",
+        epilog="Any key of the recipe is a flag: --gate hard --latents.count 6 --seed 3. "
+        "--help with a recipe lists them all.",
     )
     parser.add_argument("recipe", nargs="?", help="a cfg.py; zoo:NAME.py is one of the model zoo")
     parser.add_argument("-h", "--help", action="store_true", help="show this help, and the recipe's keys")
@@ -57,7 +59,8 @@ def parse_recipe(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespac
 def recipe_flags(recipe: Recipe) -> str:
     """Every key of a recipe as a flag with its type, help and present value, from the classes' signatures."""
     parser = ArgumentParser(prog="recipe", usage=argparse.SUPPRESS, add_help=False)
-    parser.add_argument("--seed", type=int, default=recipe.config["seed"], help="of initialisation, data order and sampling")
+    seed = recipe.config["seed"]
+    parser.add_argument("--seed", type=int, default=seed, help="of initialisation, data order and sampling")
     parts = {key: (KINDS[kind], recipe.config[key]) for key, kind in COMPONENTS.items()}
     for key, kind in MAPPINGS.items():
         parts |= {f"{key}.{name}": (KINDS[kind], spec) for name, spec in recipe.config[key].items()}
@@ -72,6 +75,7 @@ def recipe_flags(recipe: Recipe) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
@@ -106,7 +110,7 @@ def checkpoint_of(run: Path) -> Path:
     Raises:
         UserError: the folder is no run, or it has no checkpoint yet.
     """
-    from laavit.engine import latest_checkpoint  # noqa: PLC0415 - mmengine is slow to import
+    from laavit.engine import latest_checkpoint
 
     found = latest_checkpoint(run)
     if found is None:

@@ -28,7 +28,8 @@ from laavit.registry import UserError
 logger = logging.getLogger(__name__)
 
 NOTE = (
-    "The teacher's gaze was grounded: during its own training the attention of its last two layers was led to the ground-truth boxes. "
+    "The teacher's gaze was grounded: during its own training the attention of its last two layers was led to the "
+    "ground-truth boxes. "
     "A tiny teacher trained on answers alone hardly looks where the answer is, and then alignment has little to give."
 )
 TASK = "microlab_test"
@@ -71,21 +72,35 @@ def stages(root: Path) -> list[tuple[str, list[Job]]]:
     base = str(project_data("model_zoo") / "microlab" / "student")
     lookers = [
         f"teacher={project_data('model_zoo') / 'microlab' / 'teacher'}@header+answer@-2,-1",
-        f"base={base}@header+answer",
-        f"Naive SFT={runs['naive_sft'] / 'export'}@header+answer",
-        f"LaViT latents={runs['lavit'] / 'export'}@latents",
+        f"base={base}@header+answer@-2,-1",
+        f"Naive SFT={runs['naive_sft'] / 'export'}@header+answer@-2,-1",
+        f"LaViT latents={runs['lavit'] / 'export'}@latents@-2,-1",
     ]
     test = ("--annotations", str(data / "test.json"), "--root", str(data / "images"), "--limit", "600")
-    gaze = Job("gaze", ("gaze", str(runs["lavit"] / "gaze"), *lookers, *test), (runs["lavit"] / "gaze/statistics.json",))
+    gaze = Job(
+        "gaze", ("gaze", str(runs["lavit"] / "gaze"), *lookers, *test), (runs["lavit"] / "gaze/statistics.json",)
+    )
     order = [str(root / "base"), *(str(run) for run in runs.values())]
-    described = ("--labels", "Base", "Naive SFT", "LaViT", "--notes", NOTE, "--title", "The micro-lab: does looking help?")
+    described = (
+        "--labels",
+        "Base",
+        "Naive SFT",
+        "LaViT",
+        "--notes",
+        NOTE,
+        "--title",
+        "The micro-lab: does looking help?",
+    )
     pages = [Job(out, ("report", *order, "--out", str(root / out), *described)) for out in ("report.html", "table.md")]
     return [
         ("scenes and questions", [Job("data", ("microlab", str(data)), (data / "dataset.json",))]),
         ("the teacher's gaze and semantics", [Job("extract", ("extract", str(recipes / "lavit.py"), *where, *kept))]),
         ("training", trained),
         ("export", exported),
-        ("evaluation: before and Naive SFT", [evaluate("base", base), evaluate("naive_sft", str(runs["naive_sft"] / "export"))]),
+        (
+            "evaluation: before and Naive SFT",
+            [evaluate("base", base), evaluate("naive_sft", str(runs["naive_sft"] / "export"))],
+        ),
         ("evaluation: LaViT", [evaluate("lavit", str(runs["lavit"] / "export"), latents) for latents in ("on", "off")]),
         ("where they look", [gaze]),
         ("report", pages),
@@ -100,12 +115,19 @@ def run_stage(jobs: Sequence[Job], console: Console, logs: Path) -> None:
     """
     todo = [job for job in jobs if not (job.done and all(path.exists() for path in job.done))]
     threads = max(1, (os.cpu_count() or 1) // max(1, len(todo)))
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "120",
+    }
     started = []
     for job in todo:
         console.print(f"  $ laavit {shlex.join(job.words)}", style="dim", highlight=False, markup=False, soft_wrap=True)
         command = [sys.executable, "-m", "laavit.cli", *job.words]
-        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         assert process.stdout is not None, "a pipe was asked for"
         tail: list[str] = []
         log = open(logs / f"{job.name.replace(' ', '_')}.log", "w", encoding="utf-8")  # noqa: SIM115 - closed by the thread
@@ -147,6 +169,7 @@ def result(root: Path) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command with its words; returns the exit code."""
     parser = Parser(prog="demo", description="The embedded experiment, end to end.")
     parser.add_argument("--root", type=Path, default=Path("runs/demo"), help="where everything goes")
     options = parser.parse_args(list(argv))
@@ -156,9 +179,14 @@ def main(argv: Sequence[str]) -> int:
     console, started = Console(), time.monotonic()
     every = stages(root)
     for number, (title, jobs) in enumerate(every, 1):
-        console.print(f"\n{number}/{len(every)} {title}  ({time.monotonic() - started:.0f} s)", style="bold", highlight=False)
+        console.print(
+            f"\n{number}/{len(every)} {title}  ({time.monotonic() - started:.0f} s)", style="bold", highlight=False
+        )
         run_stage(jobs, console, logs)
     console.print(f"\naccuracy on {TASK}, 95 % intervals:\n{result(root)}\n", highlight=False)
-    console.print(f"page: {root / 'report.html'}\ntable: {root / 'table.md'}\nstudent: {root / 'lavit' / 'export'}", highlight=False)
+    console.print(
+        f"page: {root / 'report.html'}\ntable: {root / 'table.md'}\nstudent: {root / 'lavit' / 'export'}",
+        highlight=False,
+    )
     console.print(f"{time.monotonic() - started:.0f} s in all", highlight=False)
     return 0

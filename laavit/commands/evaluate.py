@@ -22,7 +22,10 @@ def model_folder(model: str) -> tuple[str, Path]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser(prog="eval", description="Evaluate a run, an export, or any vision-language checkpoint through lmms-eval.")
+    """Run the command with its words; returns the exit code."""
+    parser = Parser(
+        prog="eval", description="Evaluate a run, an export, or any vision-language model through lmms-eval."
+    )
     parser.add_argument("model", help="run folder, Hugging Face folder, hub name, or zoo:NAME")
     parser.add_argument("--tasks", required=True, nargs="+", help="lmms-eval tasks, also those of eval/tasks")
     parser.add_argument("--data-root", type=Path, help="local copies of the data sets, nothing is fetched")
@@ -34,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--out", type=Path, help="default RUN/eval/<tasks>-latents-<on|off>")
     options = parser.parse_args(list(argv))
-    from laavit.evaluation.run import evaluate  # noqa: PLC0415 - lmms-eval is slow to import
+    from laavit.evaluation.run import evaluate
 
     folder, results = model_folder(options.model)
     tasks = [name for word in options.tasks for name in word.split(",") if name]
@@ -44,7 +47,5 @@ def main(argv: Sequence[str]) -> int:
         options.device, options.dtype,
     )  # fmt: skip
     for task, entry in (summary or {}).get("tasks", {}).items():
-        logger.info(
-            "%s: %.3f [%.3f, %.3f], n = %d", task, entry["accuracy"], entry["low"], entry["high"], entry["n"]
-        )
+        logger.info("%s: %.3f [%.3f, %.3f], n = %d", task, entry["accuracy"], entry["low"], entry["high"], entry["n"])
     return 0

@@ -82,6 +82,7 @@ def _write_template(folder: Path, template: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command with its words; returns the exit code."""
     parser = Parser(prog="export", description="Write a run's student as a stock Hugging Face folder.")
     parser.add_argument("run", type=Path, help="run folder of tools/train.py")
     parser.add_argument("out", type=Path, nargs="?", help="where to; default RUN/export")

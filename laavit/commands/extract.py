@@ -30,12 +30,14 @@ def extract_recipe(recipe: Recipe) -> Path:
         results = {sample.id: judge(sample, store.get(sample.id)) for sample in samples}
         store.write_verdicts(name, {k: v for k, (v, _) in results.items()}, {k: s for k, (_, s) in results.items()})
         passed = sum(verdict for verdict, _ in results.values())
-        logger.info("filter %s: %d of %d pass (%.1f %%)", name, passed, len(results), 100 * passed / max(len(results), 1))
+        share = 100 * passed / max(len(results), 1)
+        logger.info("filter %s: %d of %d pass (%.1f %%)", name, passed, len(results), share)
     logger.info("%d traces, %.0f bytes each -> %s", len(store), store.bytes_per_sample(), out)
     return out
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command with its words; returns the exit code."""
     parser = recipe_parser("extract", "Write a teacher's traces; a stopped extraction goes on where it was.")
     _, recipe = parse_recipe(parser, argv)
     if recipe is not None:

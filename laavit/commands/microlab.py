@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command with its words; returns the exit code."""
     defaults = DatasetSettings()
     parser = Parser(prog="microlab", description="Write the micro-lab's scenes and questions in the Visual-CoT format.")
     parser.add_argument("out", type=Path)

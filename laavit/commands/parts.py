@@ -15,6 +15,7 @@ from laavit.registry import KINDS, UserError, nearest
 
 
 def list_parts(kind: str | None) -> None:
+    """Print all named parts, or those of one kind."""
     kinds = list(KINDS) if kind is None else [kind]
     table = Table(box=None, pad_edge=False)
     for title in ("kind", "name", "description", "source"):
@@ -30,7 +31,8 @@ def list_parts(kind: str | None) -> None:
 def show_part(name: str) -> None:
     """Print every part of that name; ``kind/name`` picks one kind."""
     wanted_kind, _, short = name.rpartition("/")
-    found = [card for kind in KINDS for card in cards(kind).values() if card.name == short and wanted_kind in ("", kind)]
+    kinds = [kind for kind in KINDS if wanted_kind in ("", kind)]
+    found = [card for kind in kinds for card in cards(kind).values() if card.name == short]
     if not found:
         every = [card.name for kind in KINDS for card in cards(kind).values()]
         raise UserError(f"no part is called '{name}'; {nearest(short, every)}")
@@ -38,7 +40,8 @@ def show_part(name: str) -> None:
     for card in found:
         cls = KINDS[card.kind].find(card.type)
         arguments = checked(card.name, cls, card.args) if _complete(cls, card.args) else dict(card.args)
-        console.print(f"{card.kind}/{card.name}: {card.description}\nsource: {card.source}\nclass: {cls.__module__}.{card.type}")
+        console.print(f"{card.kind}/{card.name}: {card.description}\nsource: {card.source}")
+        console.print(f"class: {cls.__module__}.{card.type}")
         console.print(yaml.safe_dump({"arguments": _plain(arguments)}, sort_keys=False, allow_unicode=True), end="")
         console.print(inspect.cleandoc(cls.__doc__ or "") + "\n", markup=False)
 
@@ -55,8 +58,10 @@ def _plain(value: object) -> object:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command with its words; returns the exit code."""
     parser = Parser(prog="laavit list / show", description="Named parts.")
-    parser.add_argument("name", nargs="?", help=f"a kind ({', '.join(KINDS)}), or a part's name (kind/name where several have it)")
+    kinds = ", ".join(KINDS)
+    parser.add_argument("name", nargs="?", help=f"a kind ({kinds}), or a part's name (kind/name where several have it)")
     name = parser.parse_args(list(argv)).name
     if name is None or name in KINDS:
         list_parts(name)

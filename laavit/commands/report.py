@@ -14,9 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command with its words; returns the exit code."""
     parser = Parser(prog="report", description="One self-contained page from run folders; give the baseline first.")
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders (with eval/, and gaze/ where tools/gaze.py was run)")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="an .html page, or .md for the table alone")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="run folders (with eval/, and gaze/ where tools/gaze.py was run)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="an .html page, or .md for the table alone"
+    )
     parser.add_argument("--labels", nargs="+", help="names of the rows, one a run; default the recipes' titles")
     parser.add_argument("--title", default="laavit: runs compared")
     parser.add_argument("--notes", nargs="*", default=[], help="sentences that a reader must know, shown at the top")

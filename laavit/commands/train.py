@@ -48,9 +48,12 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     cache = None
     if traces.vision_cache is not None:
         if "vision" not in student.freeze:
-            raise UserError("traces.vision_cache keeps the features of a frozen vision tower; this recipe trains it (student.freeze)")
+            raise UserError(
+                "traces.vision_cache keeps features of a frozen vision tower, this recipe trains it (student.freeze)"
+            )
         cache = VisionCache(Path(traces.vision_cache), student.backbone)
-    dataset = AlignedDataset(samples, student.builder(recipe.build("prompt")), model.named_targets, store, cache, traces.keep)
+    builder = student.builder(recipe.build("prompt"))
+    dataset = AlignedDataset(samples, builder, model.named_targets, store, cache, traces.keep)
     card = {
         "data": data_card(recipe),
         "samples": len(samples),
@@ -59,12 +62,14 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
         "recipe_sha256": recipe.digest(),
         "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
     }
-    logger.info("%d samples, %s trainable parameters -> %s", len(samples), f"{card['trainable_parameters']:,}", work_dir)
+    trainable = f"{card['trainable_parameters']:,}"
+    logger.info("%d samples, %s trainable parameters -> %s", len(samples), trainable, work_dir)
     collate = Collate(student.backbone.family, student.backbone.tokenizer.pad_token_id)
     return train(model, dataset, collate, settings, work_dir, recipe.config, card, resume)
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command with its words; returns the exit code."""
     parser = recipe_parser("train", "Train a recipe.")
     parser.add_argument("--work-dir", type=Path, help="run folder; default runs/<recipe's name>")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")

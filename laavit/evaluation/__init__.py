@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from laavit.evaluation.settings import EvalSettings
+
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
+
+__all__ = ["EvalSettings", "manifest"]
 
 
 def manifest() -> ModelManifest:
@@ -17,7 +21,3 @@ def manifest() -> ModelManifest:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="laavit", chat_class_path="laavit.evaluation.bridge.Laavit")
-
-from laavit.evaluation.settings import EvalSettings
-
-__all__ = ["EvalSettings"]

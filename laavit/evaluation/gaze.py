@@ -1,7 +1,7 @@
-"""Where models look: attention maps of chosen rows on samples with boxes, and their statistics (LaViT, Table 2, Fig. 5).
+"""Where models look: attention maps of chosen rows on samples with boxes, and their statistics (Table 2, Fig. 5).
 
-For any Hugging Face folder, an export included: its own chat template's latents and system prompt are used, the gold answer is
-given, and only the chosen rows are recorded.
+For any Hugging Face folder, an export included: its own chat template's latents and system prompt are used, the gold
+answer is given, and only the chosen rows are recorded.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
 
-from laavit.backbones.chat import PromptSettings, open_image
+from laavit.backbones.chat import open_image
 from laavit.evaluation.bridge import read_export
 from laavit.evaluation.records import write_atomically
 from laavit.recipe import zoo_path
@@ -57,7 +56,9 @@ class Looker:
         name, equals, rest = text.partition("=")
         folder, *more = rest.split("@")
         if not equals or not name or not folder or len(more) > 2:
-            raise UserError(f"'{text}' is no looker; write NAME=FOLDER, or NAME=FOLDER@header+answer@-2,-1 (rows, layers)")
+            raise UserError(
+                f"'{text}' is no looker; write NAME=FOLDER, or NAME=FOLDER@header+answer@-2,-1 (rows, layers)"
+            )
         try:
             layers = tuple(int(layer) for layer in more[1].split(",")) if len(more) > 1 and more[1] else None
         except ValueError:
