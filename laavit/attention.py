@@ -64,6 +64,8 @@ class AttentionContext:
             ``None`` records all.
         num_layers: the decoder's depth, to resolve negative layer indices.
         heads: ``"mean"`` records [B, R, S] a layer, ``"each"`` records [B, H, R, S].
+        merged: keep one running sum over the layers, for ``mean_rows``, in place of the rows of each (``recorded``
+            stays empty): many rows of a deep decoder then cost the memory of one layer's.
     """
 
     paths: tuple[GatePath, ...] = ()
@@ -71,7 +73,10 @@ class AttentionContext:
     layers: Collection[int] | None = None
     num_layers: int | None = None
     heads: str = "mean"
+    merged: bool = False
     recorded: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _sum: Tensor | None = field(default=None, repr=False)
+    _summed: set[int] = field(default_factory=set, repr=False)
     _masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -91,12 +96,28 @@ class AttentionContext:
 
     def mean_rows(self) -> Tensor:
         """The recorded rows averaged over the recorded layers (Eq. 2's mean over l and h): [B, R, S] or [B, H, R, S]."""
+        if self._sum is not None:
+            return self._sum / len(self._summed)
         if not self.recorded:
             raise RuntimeError("no attention rows were recorded: the decoder does not run the 'laavit' implementation")
         return torch.stack(list(self.recorded.values())).mean(0)
 
     def wants(self, layer: int) -> bool:
         return self.rows is not None and (self.layers is None or layer in self.layers)
+
+    def record(self, layer: int, weights: Tensor) -> None:
+        """Keep a layer's rows [B, H, R, S]; of a layer that runs again under checkpointing the first ones stay."""
+        if layer in self.recorded or layer in self._summed:
+            return
+        rows = weights.mean(1) if self.heads == "mean" else weights
+        if not self.merged:
+            self.recorded[layer] = rows
+            return
+        self._summed.add(layer)
+        if self._sum is None:
+            self._sum = rows
+        else:
+            self._sum = self._sum + rows if self._sum.requires_grad or rows.requires_grad else self._sum.add_(rows)
 
     def bias_at(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The summed bias of all paths for the given queries [B, Q] -> [B, 1, Q, S]; None where there is no path."""
@@ -107,8 +128,11 @@ class AttentionContext:
             total = bias if total is None else total + bias
         return None if total is None else total[:, None]
 
-    def suffix_mask(self, mask: Tensor | None, query: Tensor) -> Tensor:
-        """Causal mask plus bias for the queries from ``start`` on, [B, 1, S - start, S]; built once a forward pass."""
+    def suffix_mask(self, mask: Tensor | None, query: Tensor, groups: int) -> Tensor:
+        """Causal mask plus bias for the queries from ``start`` on, built once a forward pass.
+
+        Returns: [B, 1, groups * (S - start), S], the queries' rows repeated for ``groups`` heads that share a key head.
+        """
         key = id(mask)
         if key not in self._masks:
             batch, _, length, _ = query.shape
@@ -116,7 +140,8 @@ class AttentionContext:
             bias = self.bias_at(positions, query.dtype)
             assert bias is not None, "suffix_mask is called with gate paths only"
             # The mask is kept beside its id, so that the id cannot be reused by another tensor.
-            self._masks[key] = (mask, _allowed(mask, positions, length, query.dtype) + bias)
+            total = _allowed(mask, positions, length, query.dtype) + bias
+            self._masks[key] = (mask, total.repeat(1, 1, groups, 1) if groups > 1 else total)
         return self._masks[key][1]
 
 
@@ -151,11 +176,26 @@ def attention_rows(
     dtype = torch.promote_types(query.dtype, torch.float32)
     picked = query.gather(2, rows[:, None, :, None].expand(batch, heads, -1, width))
     grouped = picked.reshape(batch, key_heads, -1, width)  # [B, H/G, G*R, D]: the keys are not repeated
-    scores = (grouped @ key.transpose(-1, -2)).to(dtype) * scaling
-    scores = scores.reshape(batch, heads, -1, length) + _allowed(mask, rows, length, dtype)
-    if bias is not None:
-        scores = scores + bias
-    return scores.softmax(-1)
+    added = _allowed(mask, rows, length, dtype)
+    # In place: the scores are the largest tensor here, and nothing before the softmax needs them for its gradient.
+    scores = (grouped @ key.transpose(-1, -2)).to(dtype).mul_(scaling).reshape(batch, heads, -1, length)
+    return scores.add_(added if bias is None else added + bias).softmax(-1)
+
+
+def gated_suffix(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, dropout: float
+) -> Tensor:
+    """Masked attention of a few last queries, whose heads share key heads: keys and values are not repeated.
+
+    Args:
+        query: [B, H, Q, D]. key, value: [B, H / G, S, D]. mask: additive, [B, 1, G * Q, S].
+
+    Returns: [B, Q, H, D].
+    """
+    batch, heads, count, width = query.shape
+    packed = query.reshape(batch, key.shape[1], -1, width)
+    out = nn.functional.scaled_dot_product_attention(packed, key, value, mask, dropout_p=dropout, scale=scaling)
+    return out.reshape(batch, heads, count, -1).transpose(1, 2)
 
 
 def laavit_attention(
@@ -199,11 +239,15 @@ def laavit_attention(
         bias = laavit.bias_at(rows, torch.promote_types(query.dtype, torch.float32))
         weights = attention_rows(query, key, rows, attention_mask, bias, factor)
         # A recomputed layer must save the same tensors, so the rows are always computed; the first ones are kept.
-        laavit.recorded.setdefault(layer, weights.mean(1) if laavit.heads == "mean" else weights)
+        laavit.record(layer, weights)
     if not laavit.paths:
         return plain(query, key, value, attention_mask), None
     start = laavit.start
-    after = plain(query[:, :, start:], key, value, laavit.suffix_mask(attention_mask, query))
+    shared = attention_mask is None or attention_mask.shape[1] == 1  # one mask for all heads, as transformers makes it
+    groups = query.shape[1] // key.shape[1] if shared else 1
+    suffix = laavit.suffix_mask(attention_mask, query, groups)
+    last = query[:, :, start:]
+    after = gated_suffix(last, key, value, suffix, scaling, dropout) if shared else plain(last, key, value, suffix)
     if start == 0:
         return after, None
     prefix = attention_mask[:, :, :start, :start] if attention_mask is not None else None

@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from laavit.attention import AttentionContext, laavit_attention
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -31,3 +36,17 @@ def test_a_small_comparison_prints_and_writes(tmp_path: Path) -> None:
 def test_wrong_flags_exit_2() -> None:
     assert bench("--repeats", "0").returncode == 2
     assert bench("--works", "serving").returncode == 2
+
+
+def test_merged_rows_are_the_mean_over_layers_without_keeping_each() -> None:
+    torch.manual_seed(0)
+    shapes = [(1, 4, 9, 8), (1, 2, 9, 8), (1, 2, 9, 8)]
+    merged, kept = (AttentionContext(rows=torch.tensor([[5, 8]]), merged=choice) for choice in (True, False))
+    for layer in range(3):
+        module = nn.Module()
+        module.layer_idx, module.num_key_value_groups, module.is_causal = layer, 2, True
+        inputs = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+        for context in (merged, kept, merged):  # a layer that runs again under checkpointing counts once
+            laavit_attention(module, *inputs, None, scaling=8**-0.5, laavit=context)
+    assert merged.recorded == {} and len(kept.recorded) == 3
+    torch.testing.assert_close(merged.mean_rows(), kept.mean_rows(), rtol=1e-12, atol=1e-14)

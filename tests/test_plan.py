@@ -74,7 +74,9 @@ def test_a_tiny_folder_is_planned_as_it_is_built(tiny_folder: Path) -> None:
     assert found["total"]["trainable"] == sum(p.numel() for _, p in real.trainable_parameters())
     assert found["latents"] == {"count": 3, "embedding_rows": real.student.model.get_input_embeddings().weight.shape[0]}
     assert found["gate"]["gamma_first"] == 1e-6 and found["gate"]["open_from"] == 4
-    assert found["training"]["plain"]["activations"] > found["training"]["checkpointed"]["activations"]
+    shaped = planning.shape_models(recipe)
+    plain, checkpointed = (planning.training_step(shaped, 4, LOAD, choice)["activations"] for choice in (False, True))
+    assert found["training"]["plain"]["activations"] >= plain > checkpointed  # the vision tower's pass may be higher
     assert found["extraction"]["trace"] == 4 * 64 + 4 * 32  # 128 x 128 px, patch 8, merge 2; 32 wide
 
 

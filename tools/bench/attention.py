@@ -86,7 +86,7 @@ def context_of(work: str, length: int, tokens: int, device: str) -> Any:
     index = torch.arange(length, device=device)[None]
     image = (index >= BEFORE) & (index < BEFORE + tokens)
     if work == "extraction":
-        return AttentionContext(rows=index[:, BEFORE + tokens :])
+        return AttentionContext(rows=index[:, BEFORE + tokens :], merged=True)
     answer = index >= length - ANSWER
     rows = index[:, length - ANSWER - LATENTS : length - ANSWER]
     return AttentionContext(paths=(GatePath(answer, image, math.log(0.5)),), rows=rows)
