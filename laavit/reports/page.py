@@ -70,10 +70,10 @@ def build_page(
     body = "\n".join(
         [
             _header(title, loaded, rows, found, notes),
-            _compared(loaded),
             _results(loaded, rows, found, colour),
-            _curves(loaded, colour),
             _gaze(loaded),
+            _curves(loaded, colour),
+            _compared(loaded),
             _guide(notes),
             _provenance(loaded, seed),
         ]
@@ -131,9 +131,13 @@ def _and(names: Iterable[str]) -> str:
 
 
 def _headline(rows: Sequence[Row], found: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons of the last model that uses its latents: what the reader came for."""
+    """The comparisons of the last model that uses its latents, and with its latents masked: what the reader came for."""
     on = [row for row in rows if row.evaluation.latents != "off"]
-    return [one for one in found if on and one.row is on[-1] and one.reference.evaluation.latents != "off"][::-1]
+    if not on:
+        return []
+    best = [one for one in found if one.row is on[-1] and one.reference.evaluation.latents != "off"][::-1]
+    masked = [one for one in found if one.reference is on[-1] and one.row.evaluation.latents == "off"]
+    return best + masked
 
 
 def _plain(one: Comparison) -> str:
