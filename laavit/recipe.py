@@ -104,7 +104,8 @@ def resolve(key: str, kind: str, spec: object) -> dict[str, Any]:
     args = {k: v for k, v in spec.items() if k not in ("name", "type")}
     if ("name" in spec) == ("type" in spec):
         raise UserError(
-            f"{key}: got {dict(spec)!r}; a component has either 'name' (in registry/{kind}) or 'type' (a class)"
+            f"{key}: got {dict(spec)!r}; a component has either 'name' (in registry/{kind}) or 'type' (a class), "
+            "and dict(_delete_=True, ...) replaces a base's component whole"
         )
     if "type" in spec:
         return {"type": spec["type"], **args}
