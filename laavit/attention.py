@@ -6,10 +6,11 @@ model's ``forward``, ``laavit=AttentionContext(...)``. Nothing is patched; witho
 Two things are done beside plain attention, both without an S x S map:
 
 * **Gate** (LaViT, arXiv 2601.10129, Eq. 4): ``softmax(q k^T / sqrt(d) + B) v`` with ``B = ln(gamma)`` on named
-  query -> key paths. Gated queries stand at the end of the sequence (question or answer), so the queries before the first gated one
-  go through causal SDPA over their own prefix, and only the rest pays for an explicit mask of shape [B, 1, S - start, S].
+  query -> key paths. Gated queries stand at the end of the sequence (question or answer), so the queries before the
+  first gated one go through causal SDPA over their own prefix, and only the rest pays for an explicit mask of shape
+  [B, 1, S - start, S].
 * **Rows** (Eq. 2 and 7): the softmax rows of chosen queries alone, O(R * S), averaged over heads where they arise.
-  Under non-re-entrant gradient checkpointing the layer runs twice; the first run's rows carry the gradient and are kept.
+  Under non-re-entrant gradient checkpointing the layer runs twice; the first run's rows carry the gradient and stay.
 
 Shapes: ``B`` batch, ``S`` sequence, ``H`` heads, ``G`` query heads a key head, ``R`` recorded rows, ``D`` head width.
 """
@@ -95,7 +96,7 @@ class AttentionContext:
                 raise ValueError(f"layers {sorted(outside)} lie outside a decoder of {depth} layers")
 
     def mean_rows(self) -> Tensor:
-        """The recorded rows averaged over the recorded layers (Eq. 2's mean over l and h): [B, R, S] or [B, H, R, S]."""
+        """The rows averaged over the recorded layers (Eq. 2's mean over l and h): [B, R, S] or [B, H, R, S]."""
         if self._sum is not None:
             return self._sum / len(self._summed)
         if not self.recorded:
@@ -221,7 +222,14 @@ def laavit_attention(
 
     def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs  # type: ignore[arg-type]
+            module,
+            query,
+            key,
+            value,
+            mask,
+            dropout=dropout,
+            scaling=scaling,
+            **kwargs,  # type: ignore[arg-type]
         )[0]
 
     if laavit is None or not (laavit.paths or laavit.rows is not None):

@@ -65,9 +65,7 @@ class CosineGate(Gate):
         paths: where it acts.
     """
 
-    def __init__(
-        self, warmup: int = 400, epsilon: float = 1e-6, paths: Sequence[str] = ("answer->image",)
-    ) -> None:
+    def __init__(self, warmup: int = 400, epsilon: float = 1e-6, paths: Sequence[str] = ("answer->image",)) -> None:
         super().__init__(paths)
         if not 0.0 <= epsilon < 1.0:
             raise UserError(f"epsilon lies in [0, 1), got {epsilon}")
@@ -89,9 +87,7 @@ class LinearGate(Gate):
         paths: where it acts.
     """
 
-    def __init__(
-        self, warmup: int = 400, epsilon: float = 1e-6, paths: Sequence[str] = ("answer->image",)
-    ) -> None:
+    def __init__(self, warmup: int = 400, epsilon: float = 1e-6, paths: Sequence[str] = ("answer->image",)) -> None:
         super().__init__(paths)
         if not 0.0 <= epsilon < 1.0:
             raise UserError(f"epsilon lies in [0, 1), got {epsilon}")

@@ -101,7 +101,13 @@ def test_open_gate_is_bit_identical_to_no_context() -> None:
     queries, keys = masks()
     plain, _ = laavit_attention(Layer(), query, key, value, None, scaling=8**-0.5)
     gated, _ = laavit_attention(
-        Layer(), query, key, value, None, scaling=8**-0.5, laavit=AttentionContext(paths=(GatePath(queries, keys, 0.0),))
+        Layer(),
+        query,
+        key,
+        value,
+        None,
+        scaling=8**-0.5,
+        laavit=AttentionContext(paths=(GatePath(queries, keys, 0.0),)),
     )
     assert torch.equal(plain, gated)
 
@@ -116,7 +122,9 @@ def test_rows_are_a_distribution_over_the_past() -> None:
 def test_context_refuses_what_it_cannot_do() -> None:
     query, key, value = inputs()
     with pytest.raises(ValueError, match="without a key-value cache"):
-        laavit_attention(Layer(), query[:, :, -1:], key, value, None, laavit=AttentionContext(rows=torch.zeros(2, 1).long()))
+        laavit_attention(
+            Layer(), query[:, :, -1:], key, value, None, laavit=AttentionContext(rows=torch.zeros(2, 1).long())
+        )
     with pytest.raises(ValueError, match="lie outside"):
         AttentionContext(rows=torch.zeros(1, 1).long(), layers=[3], num_layers=3)
     with pytest.raises(ValueError, match="ln\\(gamma\\)"):

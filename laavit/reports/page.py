@@ -131,7 +131,7 @@ def _and(names: Iterable[str]) -> str:
 
 
 def _headline(rows: Sequence[Row], found: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons of the last model that uses its latents, and with its latents masked: what the reader came for."""
+    """What the reader came for: the last model with latents against the others, and with its latents masked."""
     on = [row for row in rows if row.evaluation.latents != "off"]
     if not on:
         return []

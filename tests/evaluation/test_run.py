@@ -222,7 +222,10 @@ def test_data_are_found_by_task_and_by_repository(blink_root: Path, tmp_path: Pa
         assert len(task.dataset["val"]) == 5
 
 
-def test_mistakes_are_one_sentence(export: Path, microlab_data: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_sentence(
+    export: Path, microlab_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no demo has left its data
     cases: list[tuple[list[str], dict[str, Any], str]] = [
         (["microlab_tset"], {}, r"no task is called 'microlab_tset'; \(?did you mean 'microlab_test'"),
         ([], {}, "no task was named"),
