@@ -55,9 +55,8 @@ def _positive(name: str, steps: int) -> int:
     return steps
 
 
-@GATES.register_module()
-class CosineGate(Gate):
-    """gamma(t) = eps + (1 - eps)/2 * (1 - cos(pi t / T_w)) for t < T_w, 1 after (Eq. 5).
+class Ramp(Gate):
+    """A gate that opens from ``epsilon`` to 1 over ``warmup`` steps; subclasses give its shape.
 
     Args:
         warmup: T_w in optimiser steps (paper: 400 of 1000).
@@ -71,30 +70,30 @@ class CosineGate(Gate):
             raise UserError(f"epsilon lies in [0, 1), got {epsilon}")
         self.warmup, self.epsilon = _positive("warmup", warmup), epsilon
 
+    def shape(self, share: float) -> float:
+        """How far the ramp is at a share of the warm-up in [0, 1): 0 at its begin, 1 at its end."""
+        raise TypeError(f"{type(self).__name__} must define shape(share)")
+
     def gamma(self, step: int) -> float:
         if step >= self.warmup:
             return 1.0
-        return self.epsilon + (1.0 - self.epsilon) / 2.0 * (1.0 - math.cos(math.pi * step / self.warmup))
+        return self.epsilon + (1.0 - self.epsilon) * self.shape(step / self.warmup)
 
 
 @GATES.register_module()
-class LinearGate(Gate):
-    """gamma(t) = eps + (1 - eps) * t / T_w for t < T_w, 1 after.
+class CosineGate(Ramp):
+    """gamma(t) = eps + (1 - eps)/2 * (1 - cos(pi t / T_w)) for t < T_w, 1 after (Eq. 5); see ``Ramp``."""
 
-    Args:
-        warmup: T_w in optimiser steps.
-        epsilon: the openness at step 0.
-        paths: where it acts.
-    """
+    def shape(self, share: float) -> float:
+        return (1.0 - math.cos(math.pi * share)) / 2.0
 
-    def __init__(self, warmup: int = 400, epsilon: float = 1e-6, paths: Sequence[str] = ("answer->image",)) -> None:
-        super().__init__(paths)
-        if not 0.0 <= epsilon < 1.0:
-            raise UserError(f"epsilon lies in [0, 1), got {epsilon}")
-        self.warmup, self.epsilon = _positive("warmup", warmup), epsilon
 
-    def gamma(self, step: int) -> float:
-        return 1.0 if step >= self.warmup else self.epsilon + (1.0 - self.epsilon) * step / self.warmup
+@GATES.register_module()
+class LinearGate(Ramp):
+    """gamma(t) = eps + (1 - eps) * t / T_w for t < T_w, 1 after; see ``Ramp``."""
+
+    def shape(self, share: float) -> float:
+        return share
 
 
 @GATES.register_module()

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from laavit.backbones.base import Backbone, digest_of
+from laavit.files import write_bytes
 from laavit.structures import Encoded
 
 
@@ -56,9 +56,5 @@ class VisionCache:
         return key in self._memory
 
     def _write(self, key: str, features: Tensor) -> None:
-        file = self._file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"features": features.contiguous()}, temporary)
-        os.replace(temporary, file)
+        write_bytes(self._file(key), save({"features": features.contiguous()}), sync=False)
         self._memory[key] = features

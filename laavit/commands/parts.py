@@ -43,7 +43,10 @@ def show_part(name: str) -> None:
         console.print(f"{card.kind}/{card.name}: {card.description}\nsource: {card.source}")
         console.print(f"class: {cls.__module__}.{card.type}")
         console.print(yaml.safe_dump({"arguments": _plain(arguments)}, sort_keys=False, allow_unicode=True), end="")
-        console.print(inspect.cleandoc(cls.__doc__ or "") + "\n", markup=False)
+        # where the constructor is inherited, its arguments are described there
+        described = dict.fromkeys((cls, next(base for base in cls.__mro__ if "__init__" in vars(base))))
+        for each in described:
+            console.print(inspect.cleandoc(each.__doc__ or "") + "\n", markup=False)
 
 
 def _complete(cls: type, args: object) -> bool:

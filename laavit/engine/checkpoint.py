@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from laavit.engine.files import TEMPORARY, remove_leftovers, remove_tree, sync_tree, write_json
 from laavit.engine.settings import TrainingStopped
+from laavit.files import TEMPORARY, remove_leftovers, remove_tree, sync_tree, write_json
 from laavit.registry import UserError
 
 STATE, OPTIMIZER, RANDOM = "state.json", "optimizer.safetensors", "random.safetensors"

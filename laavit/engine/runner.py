@@ -21,7 +21,6 @@ from laavit.engine import random_state
 from laavit.engine.checkpoint import latest_checkpoint, read_progress, read_state
 from laavit.engine.distributed import any_process, pick_device, process_group, rank_and_world
 from laavit.engine.environment import describe
-from laavit.engine.files import remove_leftovers, write_json
 from laavit.engine.hooks import CheckpointHook, GuardHook, LogHook, ProgressHook, StepHook, TensorBoardHook
 from laavit.engine.hooks.log import FILE, truncate_log
 from laavit.engine.loop import StepLoop
@@ -35,6 +34,7 @@ from laavit.engine.optim import (
 from laavit.engine.sampler import BatchSampler
 from laavit.engine.schedules import ClosedFormLR
 from laavit.engine.settings import TrainSettings
+from laavit.files import remove_leftovers, write_json
 from laavit.registry import UserError
 
 logger = logging.getLogger("laavit.engine")

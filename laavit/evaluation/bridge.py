@@ -9,7 +9,6 @@ Plain use: ``lmms-eval --model laavit --model_args pretrained=FOLDER,latents=off
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -29,6 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from laavit.evaluation.images import CachedImages, flat_images
+from laavit.files import read_object
 from laavit.registry import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -291,16 +291,7 @@ def read_export(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not a JSON object.
     """
-    file = Path(folder) / EXPORT_FILE
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"'{file}' is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"'{file}' holds a {type(content).__name__}; a JSON object is expected")
-    return content
+    return read_object(Path(folder) / EXPORT_FILE)
 
 
 def _device(asked: str | None) -> torch.device:

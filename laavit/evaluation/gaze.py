@@ -20,7 +20,7 @@ from rich.progress import track
 
 from laavit.backbones.chat import open_image
 from laavit.evaluation.bridge import read_export
-from laavit.evaluation.records import write_atomically
+from laavit.files import write_json, write_text
 from laavit.recipe import zoo_path
 from laavit.registry import UserError
 from laavit.structures import Sample, Trace
@@ -142,8 +142,8 @@ def write_gaze(
                 "maps": {name: _map(found[place]) for name, found in traces.items()},
             }
         )
-    write_atomically(out / "index.json", json.dumps(index, ensure_ascii=False) + "\n")
-    write_atomically(out / "statistics.json", json.dumps(figures, indent=2) + "\n")
+    write_text(out / "index.json", json.dumps(index, ensure_ascii=False) + "\n")
+    write_json(out / "statistics.json", figures)
     logger.info("gaze of %s on %d samples -> %s", ", ".join(figures), len(samples), out)
     return figures
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from laavit.evaluation.statistics import wilson
+from laavit.files import write_text
 from laavit.registry import UserError
 
 #: Columns that name a question, and those that name its kind, in the order they are looked for.
@@ -117,17 +117,9 @@ def weights_sha256(folder: str | Path) -> str | None:
     return digest.hexdigest()
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write beside the target and move into place, so that a reader sees the old file or the new one, never half."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-
-
 def write_records(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
-    write_atomically(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,8 @@ from loguru import logger as lmms_logger
 from rich.console import Console
 
 from laavit.evaluation.microlab_task import FOLDER_VARIABLE
-from laavit.evaluation.records import make_records, summarise, weights_sha256, write_atomically, write_records
+from laavit.evaluation.records import make_records, summarise, weights_sha256, write_records
+from laavit.files import write_json
 from laavit.paths import project_data
 from laavit.registry import UserError, nearest
 
@@ -122,7 +122,7 @@ def evaluate(
     for name, entry in summary["tasks"].items():
         entry["metrics"] = _metrics(results["results"][name])
     write_records(Path(out) / "records.jsonl", records)
-    write_atomically(Path(out) / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_json(Path(out) / "summary.json", summary)
     logger.info("%d answers in %.1f s -> %s", len(records), summary["seconds"], out)
     return summary
 

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from rich.progress import track
 
+from laavit.files import write_bytes
 from laavit.microlab.questions import QUESTION_KINDS, Question, ask
 from laavit.microlab.scenes import IMAGE_SIZE, SCENES_VERSION, Scene, make_scene, render
 from laavit.registry import UserError
@@ -174,8 +174,5 @@ def _picture(path: Path, scene: Scene) -> bytes:
 
 def _write(path: Path, content: bytes) -> str:
     """Write atomically; returns the content's SHA-256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_bytes(path, content, sync=False)
     return hashlib.sha256(content).hexdigest()

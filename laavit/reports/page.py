@@ -13,8 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from laavit import __version__
-from laavit.evaluation.records import write_atomically
 from laavit.evaluation.statistics import wilson
+from laavit.files import write_text
 from laavit.reports.figures import Figured, accuracy_panels, colours, curve_panels, gaze_figures
 from laavit.reports.guide import GUIDE
 from laavit.reports.runs import GazeSample, Run, load_runs
@@ -86,7 +86,7 @@ def build_page(
         f"<body><main>{body}</main></body></html>\n"
     )
     out = Path(out)
-    write_atomically(out, page)
+    write_text(out, page)
     return out
 
 
@@ -113,7 +113,7 @@ def write_table(
     parts += [table.to_markdown() for table in tables]
     parts.append("Records: " + "; ".join(f"{row.label}: `{row.evaluation.source}`" for row in rows) + ".\n")
     out_md = Path(out_md)
-    write_atomically(out_md, "\n".join(parts))
+    write_text(out_md, "\n".join(parts))
     return out_md
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laavit.evaluation.records import read_records
+from laavit.files import read_object
 from laavit.registry import UserError
 
 logger = logging.getLogger(__name__)
@@ -99,13 +100,13 @@ def load_run(path: Path, label: str | None = None) -> Run:
     return Run(
         path=path,
         label=label or path.name,
-        recipe=_read_object(recipe_file),
+        recipe=read_object(recipe_file),
         recipe_hash=_digest(recipe_file) if recipe_file.is_file() else "",
-        environment=_read_object(path / "environment.json"),
+        environment=read_object(path / "environment.json"),
         log=_read_log(path / "log.jsonl"),
         evaluations=tuple(_read_evaluation(file.parent, path) for file in sorted(path.glob("eval/*/records.jsonl"))),
         gaze=_read_gaze(path / "gaze"),
-        statistics=_read_object(path / "gaze" / "statistics.json"),
+        statistics=read_object(path / "gaze" / "statistics.json"),
     )
 
 
@@ -131,19 +132,6 @@ def load_runs(paths: Sequence[Path], labels: Sequence[str] | None = None) -> lis
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}; an object is allowed")
-    return value
 
 
 def _read_log(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -180,7 +168,7 @@ def _read_evaluation(folder: Path, run: Path) -> Evaluation:
         records[record.key] = record
     if not records:
         raise UserError(f"{file} is empty; evaluate the run again")
-    summary = _read_object(folder / "summary.json")
+    summary = read_object(folder / "summary.json")
     _check_summary(folder / "summary.json", summary, list(records.values()))
     return Evaluation(
         name=folder.name,

@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import pyarrow as pa
 import torch
 from datasets import Features, List, Value
 
+from laavit.files import write_bytes
 from laavit.registry import UserError
 from laavit.structures import Trace
 from laavit.traces import gaze as gazes
@@ -161,16 +161,6 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside the place and move there, so that a reader sees the old file or the new one, never half."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
 def shard_path(folder: Path, index: int) -> Path:
     """Where a shard is; its record stands beside it as ``.json``."""
     return folder / f"shard-{index:05d}.arrow"
@@ -187,8 +177,8 @@ def write_shard(folder: Path, index: int, rows: Sequence[Row], features: Feature
     """Write a shard and then its record."""
     path, content = shard_path(folder, index), stream_bytes(rows, features)
     record = {"count": len(rows), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_atomic(path, content)
-    write_atomic(path.with_suffix(".json"), canonical(record))
+    write_bytes(path, content)
+    write_bytes(path.with_suffix(".json"), canonical(record))
 
 
 def shard_record(folder: Path, index: int, verify: bool = True) -> dict[str, Any] | None:

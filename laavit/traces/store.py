@@ -19,6 +19,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 
+from laavit.files import remove_leftovers, write_bytes
 from laavit.registry import UserError, nearest
 from laavit.structures import Trace
 from laavit.traces import shards
@@ -84,13 +85,12 @@ class TraceWriter:
             others = sorted(file.name for file in self.path.iterdir() if not file.name.startswith("."))
             if others:
                 raise UserError(f"'{self.path}' is no trace store and not empty (it holds '{others[0]}')")
-            shards.write_atomic(self.path / "header.json", shards.canonical(content))
+            write_bytes(self.path / "header.json", shards.canonical(content))
         else:
             there, here = ({"shard_size": c["shard_size"], **c["header"]} for c in (found, content))
             if parts := shards.differences(there, here, subset=False):
                 raise UserError(f"the trace store '{self.path}' was begun with other settings: {'; '.join(parts)}")
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
+        remove_leftovers(self.path)
         for index in shards.shard_indices(self.path):
             self._take(index)
 
@@ -294,7 +294,7 @@ class TraceStore(Sequence[Trace]):
         rows = [{"sample_id": key, "verdict": verdict, "score": score} for key, (verdict, score) in column.items()]
         folder = self.path / "verdicts"
         folder.mkdir(exist_ok=True)
-        shards.write_atomic(folder / f"{name}.arrow", shards.stream_bytes(rows, shards.VERDICT_FEATURES))
+        write_bytes(folder / f"{name}.arrow", shards.stream_bytes(rows, shards.VERDICT_FEATURES))
         self._verdicts[name] = column
 
     def digest(self, verdicts: Sequence[str] = ()) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from laavit.files import TEMPORARY
 from laavit.registry import UserError
 from laavit.structures import Trace
 from laavit.traces import shards
@@ -110,7 +111,7 @@ def test_dying_at_any_move_leaves_the_same_bits(tmp_path, uninterrupted, monkeyp
         move(source, target)
 
     move = os.replace
-    monkeypatch.setattr(shards.os, "replace", replace_until)
+    monkeypatch.setattr(os, "replace", replace_until)
     close = TraceWriter.close
     # A killed process closes nothing; its lock goes with it.
     monkeypatch.setattr(TraceWriter, "close", lambda w: w._lock.release() if calls > survived else close(w))
@@ -119,7 +120,7 @@ def test_dying_at_any_move_leaves_the_same_bits(tmp_path, uninterrupted, monkeyp
     monkeypatch.undo()
     writing.write(tmp_path / "store")
     assert contents(tmp_path / "store") == contents(uninterrupted)
-    assert not list((tmp_path / "store").glob(".*.tmp"))
+    assert not list((tmp_path / "store").glob(f"{TEMPORARY}*"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")

@@ -12,8 +12,8 @@ import torch
 from mmengine.hooks import Hook
 
 from laavit.engine.distributed import mean_over_processes, rank_and_world
-from laavit.engine.files import write_text
 from laavit.engine.settings import TrainingStopped, TrainSettings
+from laavit.files import write_text
 
 FILE = "log.jsonl"
 
