@@ -304,7 +304,11 @@ def main() -> int:
     if options.worker:
         worker(options)
         return 0
-    rows = [row for work in options.works for tokens in options.tokens for row in compare(work, tokens, options)]
+    rows: list[dict[str, Any]] = []
+    for work in options.works:
+        for tokens in options.tokens:
+            rows += compare(work, tokens, options)
+            sys.stderr.write(table(rows[-len(WAYS) :]).split("\n", 2)[2] + "\n")  # each case as it is done
     sys.stdout.write(table(rows) + "\n")
     if options.out is not None:
         import torch
