@@ -9,6 +9,10 @@ from laavit.registry import UserError, nearest
 #: The folders that hold plain data and no import package.
 DATA_FOLDERS = ("registry", "model_zoo", "eval")
 
+#: The file in an export that says what it was trained with: {"system": str, "latents": int, "separator": str, ...};
+#: laavit's own bridge and analyses read it, stock transformers needs none of it.
+EXPORT_CARD = "laavit.json"
+
 _PACKAGE = Path(__file__).resolve().parent
 
 

@@ -32,10 +32,10 @@ def shown_commands(document: str) -> list[str]:
     return [line for line in lines if line]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_folder: Path) -> Path:
     """A folder like a checkout, with the real recipes and tools, a tiny model and a few scenes."""
-    folder = tmp_path_factory.mktemp("readme")
+    folder = tmp_path
     for name in ("tools", "model_zoo", "registry"):
         (folder / name).symlink_to(ROOT / name)
     write_dataset(folder / "data", DatasetSettings(train=3, val=1, test=2))
@@ -105,6 +105,7 @@ def test_every_shown_command_runs(workplace: Path, document: str) -> None:
         ready = stand_in(words)
         done = subprocess.run(ready, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert document != "README.md" or (workplace / "runs/report.html").stat().st_size > 10_000
 
 
 def test_the_gate_of_ten_lines_trains(workplace: Path) -> None:

@@ -21,8 +21,7 @@ from typing import IO
 from rich.console import Console
 
 from laavit.commands.common import Parser
-from laavit.commands.export import CARD
-from laavit.paths import project_data
+from laavit.paths import EXPORT_CARD, project_data
 from laavit.registry import UserError
 
 logger = logging.getLogger(__name__)
@@ -64,11 +63,11 @@ def stages(root: Path) -> list[tuple[str, list[Job]]]:
         Job(
             name,
             ("train", str(recipes / f"{name}.py"), *where, *kept, "--work-dir", str(run), "--resume"),
-            (run / "export" / CARD,),
+            (run / "export" / EXPORT_CARD,),
         )
         for name, run in runs.items()
     ]
-    exported = [Job(name, ("export", str(run)), (run / "export" / CARD,)) for name, run in runs.items()]
+    exported = [Job(name, ("export", str(run)), (run / "export" / EXPORT_CARD,)) for name, run in runs.items()]
     base = str(project_data("model_zoo") / "microlab" / "student")
     lookers = [
         f"teacher={project_data('model_zoo') / 'microlab' / 'teacher'}@header+answer@-2,-1",

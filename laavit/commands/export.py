@@ -11,12 +11,10 @@ from typing import Any
 
 from laavit.commands.common import Parser, checkpoint_of, run_recipe
 from laavit.latents import SEPARATOR, latent_tokens
+from laavit.paths import EXPORT_CARD
 from laavit.registry import UserError
 
 logger = logging.getLogger(__name__)
-
-#: what laavit's own bridge and analyses read; stock transformers needs none of it
-CARD = "laavit.json"
 
 
 def exported_template(template: str, system: str, latents: int) -> str:
@@ -48,7 +46,7 @@ def export_run(run: Path, out: Path, checkpoint: Path | None = None) -> Path:
     recipe = run_recipe(run)
     source = checkpoint or checkpoint_of(run)
     read_state(source)  # refuses what is no complete checkpoint
-    if out.exists() and any(out.iterdir()) and not (out / CARD).is_file():
+    if out.exists() and any(out.iterdir()) and not (out / EXPORT_CARD).is_file():
         raise UserError(f"'{out}' exists and is no export of laavit; name another folder")
     latents = int(recipe.arguments("latents").get("count", 0)) if recipe.has("latents") else 0
     prompt = recipe.build("prompt")
@@ -67,7 +65,7 @@ def export_run(run: Path, out: Path, checkpoint: Path | None = None) -> Path:
         "recipe_sha256": recipe.digest(),
         "step": source.name,
     }
-    (temporary / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (temporary / EXPORT_CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
     return out

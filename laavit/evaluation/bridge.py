@@ -28,13 +28,13 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from laavit.evaluation.images import CachedImages, flat_images
+from laavit.evaluation.interventions import latent_ids
 from laavit.files import read_object
-from laavit.registry import UserError, nearest
+from laavit.paths import EXPORT_CARD
+from laavit.registry import INTERVENTIONS, UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-#: The file in an export that says what it was trained with: {"system": str, "latents": int, "separator": str, ...}.
-EXPORT_FILE = "laavit.json"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SWITCH = ("on", "off")
 
@@ -45,45 +45,6 @@ class Settings:
 
     max_new_tokens: int
     until: tuple[str, ...]
-
-
-def latent_ids(tokenizer: Any) -> list[int]:
-    """The ids of ``<|latent_1|>``, ``<|latent_2|>``, …, as far as the tokenizer knows them; [] for a stock model."""
-    vocabulary = tokenizer.get_vocab()
-    ids: list[int] = []
-    while (token := f"<|latent_{len(ids) + 1}|>") in vocabulary:
-        ids.append(vocabulary[token])
-    return ids
-
-
-def mask_latents(model: Any, inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
-    """The same prompt with the latents cut out of attention, everything else where it was.
-
-    Positions are those of the unmasked prompt: left to itself ``generate`` counts positions along the attention mask
-    (Qwen2.5-VL's ``get_rope_index`` drops masked tokens altogether), which would move the separator and the answer K
-    steps towards the image. The hook asked here is the one ``generate`` itself asks, so any family is served; given
-    ``position_ids``, ``generate`` goes on from their last column.
-
-    Args:
-        model: a Hugging Face model with ``generate``.
-        inputs: the processor's output, with ``input_ids`` and ``attention_mask`` [B, S].
-        ids: the latents' token ids.
-
-    Returns:
-        ``inputs`` with a new ``attention_mask`` [B, S] and explicit ``position_ids`` [B, S] or [4, B, S].
-
-    Raises:
-        UserError: a prompt has no latent to mask.
-    """
-    tokens = inputs["input_ids"]
-    latents = torch.isin(tokens, torch.tensor(list(ids), dtype=tokens.dtype, device=tokens.device))
-    if not bool(latents.any(dim=1).all()):
-        raise UserError(
-            "latents=off was asked for, but the chat template writes no latent tokens into the prompt: "
-            "allowed are exports made by tools/export.py with latents"
-        )
-    positions = model._prepare_position_ids_for_generation(tokens, dict(inputs))
-    return {**inputs, "attention_mask": inputs["attention_mask"].masked_fill(latents, 0), "position_ids": positions}
 
 
 class Progressed(Protocol):
@@ -100,7 +61,7 @@ class Laavit(lmms):
         batch_size: prompts a forward pass. max_batch_size: accepted from lmms-eval, not used.
         device: 'cpu', 'cuda', 'cuda:1', …; by default a GPU where there is one (one a rank).
         dtype: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'.
-        latents: 'on', or 'off' to mask them (``mask_latents``).
+        latents: 'on', or 'off' to mask them (``MaskLatents``).
         system: the system prompt, or a file that holds it; by default what the export stores in ``laavit.json``, and
             without one the chat template's own.
         attention: the attention implementation of transformers.
@@ -140,6 +101,7 @@ class Laavit(lmms):
         self.batch_size = int(batch_size)
         self.device = _device(device)
         self.latents = latents
+        self.intervention = INTERVENTIONS.find("MaskLatents")() if latents == "off" else None
         self.max_new_tokens = int(max_new_tokens)
         #: (task, doc id) -> seconds of generation, a batch's time shared out evenly.
         self.seconds: dict[tuple[str, Any], float] = {}
@@ -215,7 +177,7 @@ class Laavit(lmms):
         )
         self._check_latents(inputs["input_ids"])
         moved = dict(inputs.to(self.device))
-        return mask_latents(self.model, moved, self.latent_ids) if self.latents == "off" else moved
+        return self.intervention(self.model, moved, self.latent_ids) if self.intervention is not None else moved
 
     def _check_latents(self, tokens: Tensor) -> None:
         """An export that says it has K latents must have each of them, once, in every prompt."""
@@ -223,7 +185,7 @@ class Laavit(lmms):
         found = [int((tokens == token).sum(1).eq(1).sum()) for token in self.latent_ids[:count]]
         if found != [len(tokens)] * count:
             raise UserError(
-                f"{EXPORT_FILE} says {count} latents, but the prompts the chat template writes hold other ones; "
+                f"{EXPORT_CARD} says {count} latents, but the prompts the chat template writes hold other ones; "
                 "export the run again with tools/export.py"
             )
 
@@ -291,7 +253,7 @@ def read_export(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not a JSON object.
     """
-    return read_object(Path(folder) / EXPORT_FILE)
+    return read_object(Path(folder) / EXPORT_CARD)
 
 
 def _device(asked: str | None) -> torch.device:

@@ -13,7 +13,8 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from laavit.evaluation.bridge import Laavit, Settings, mask_latents
+from laavit.evaluation.bridge import Laavit, Settings
+from laavit.evaluation.interventions import MaskLatents
 from laavit.registry import UserError
 
 LONG = Settings(max_new_tokens=12, until=())
@@ -176,7 +177,7 @@ def test_a_prompt_without_latents_cannot_be_masked(stock: Path, masked: Laavit) 
         Laavit(str(stock), latents="off")
     inputs = Laavit(str(stock)).encode(CHATS[:1])
     with pytest.raises(UserError, match="writes no latent tokens"):
-        mask_latents(masked.model, inputs, masked.latent_ids)
+        MaskLatents()(masked.model, inputs, masked.latent_ids)
 
 
 def test_a_template_that_lost_its_latents_is_noticed(export: Path, tmp_path: Path) -> None:
