@@ -89,8 +89,10 @@ def content(folder: Path, *patterns: str) -> dict[str, bytes]:
 def killed(runner: Runner, kills: int, seed: int, whole: float, *words: object) -> list[int]:
     """Run a command, kill it at random moments of its working time, then let it finish; the exit codes."""
     moments, codes = random.Random(seed), []
-    for _ in range(kills):
-        codes.append(runner(*words, kill_after=whole * moments.uniform(0.15, 0.85))["code"])
+    for number in range(kills):
+        # what an earlier attempt finished is not done again, so the later ones have to be killed sooner
+        latest = 0.85 / (1 + number)
+        codes.append(runner(*words, kill_after=whole * moments.uniform(0.15, max(latest, 0.25)))["code"])
     codes.append(runner(*words)["code"])
     return codes
 
