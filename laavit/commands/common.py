@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,9 @@ def recipe_flags(recipe: Recipe) -> str:
     for section in SECTIONS:
         parser.add_class_arguments(SETTINGS.find(section), section)
         parser.set_defaults({f"{section}.{name}": value for name, value in recipe.config[section].items()})
-    return parser.format_help()
+    # jsonargparse offers a file for every group; here a component is replaced by name, and a section has no name
+    text = re.sub(rf"  --({'|'.join(SECTIONS)}) CONFIG\s+Path to a configuration file\.\n", "", parser.format_help())
+    return re.sub(r"(  --\S+) CONFIG(\s+)Path to a configuration file\.", r"\1 NAME\2  another part by name", text)
 
 
 def file_digest(path: Path) -> str:
