@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,9 +136,11 @@ def checked(key: str, cls: type, args: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return parser.parse_object({"c": dict(args)}).as_dict().get("c", {})
     except ArgumentError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        text = " ".join(lines).replace('Parser key "c.', f'"{key}.').replace('"c.', f'"{key}.')
-        raise UserError(f"{key}: {text}") from None
+        text = " ".join(line.strip() for line in str(error).splitlines())
+        text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+        named = re.fullmatch(r'Parser key "c\.([\w.]+)": (.*)', text)
+        where, said = (f"{key}.{named[1]}", named[2]) if named else (key, re.sub(r"\bc\.", f"{key}.", text))
+        raise UserError(f"{where}: {said}") from None
 
 
 class Recipe:
