@@ -65,14 +65,19 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def sync_entry(path: Path) -> None:
+    """Flush a file, or a folder's own list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_tree(folder: Path) -> None:
     """Flush every file below ``folder``, and the folders themselves, to the disk (against a power cut)."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_entry(path)
 
 
 def remove_tree(folder: Path) -> None:

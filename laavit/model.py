@@ -11,6 +11,7 @@ from mmengine.model import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText
 
 from laavit.attention import AttentionContext, GatePath
 from laavit.backbones.chat import IGNORED
@@ -117,8 +118,6 @@ class LaViT(BaseModel):
         Raises:
             UserError: a file is missing or holds other parameters than this model.
         """
-        from transformers import AutoModelForImageTextToText  # loading only
-
         if not (folder / "heads.safetensors").is_file():
             raise UserError(f"the checkpoint {folder} is not complete: heads.safetensors is missing")
         own = self.student.model

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from laavit.engine.settings import TrainingStopped
-from laavit.files import TEMPORARY, remove_leftovers, remove_tree, sync_tree, write_json
+from laavit.files import TEMPORARY, remove_leftovers, remove_tree, sync_entry, sync_tree, write_json
 from laavit.registry import UserError
 
 STATE, OPTIMIZER, RANDOM = "state.json", "optimizer.safetensors", "random.safetensors"
@@ -149,15 +149,6 @@ def prune(work_dir: Path, keep_last: int) -> None:
             remove_tree(old)
         except OSError as error:
             logger.warning("the old checkpoint '%s' could not be deleted: %s", old, error)
-
-
-def sync_entry(folder: Path) -> None:
-    """Flush a folder's own list of names to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_leftovers_quietly(root: Path) -> None:

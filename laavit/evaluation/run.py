@@ -91,21 +91,7 @@ def evaluate(
             **model_arguments,
         )
         model.console = console  # its bar is the one thing shown
-        results = simple_evaluate(
-            model=model,
-            tasks=task_objects,
-            task_manager=task_manager(include_path),
-            limit=limit,
-            use_cache=None,
-            bootstrap_iters=0,
-            log_samples=True,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-            process_docs_parallel=1,
-            # the command line's default: answers are judged without decoding the images a second time
-            cli_args=argparse.Namespace(process_with_media=False),
-        )
+        results = _answers(model, task_objects, task_manager(include_path), limit)
     if results is None:
         return None
     records = _records(results, model.seconds)
@@ -125,6 +111,25 @@ def evaluate(
     write_json(Path(out) / "summary.json", summary)
     logger.info("%d answers in %.1f s -> %s", len(records), summary["seconds"], out)
     return summary
+
+
+def _answers(model: Laavit, tasks: list[Task], manager: TaskManager, limit: int | None) -> dict[str, Any] | None:
+    """lmms-eval's own results with every sample, nothing cached and no random state touched; None on other ranks."""
+    return simple_evaluate(
+        model=model,
+        tasks=tasks,
+        task_manager=manager,
+        limit=limit,
+        use_cache=None,
+        bootstrap_iters=0,
+        log_samples=True,
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
+        process_docs_parallel=1,
+        # the command line's default: answers are judged without decoding the images a second time
+        cli_args=argparse.Namespace(process_with_media=False),
+    )
 
 
 @contextlib.contextmanager
