@@ -55,17 +55,60 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Where one image's tokens stand: positions ``start .. start + height * width``, row by row over its grid."""
+class Tile:
+    """A grid of tokens over one image or over a part of it, row by row.
 
-    start: int
+    Args:
+        height, width: tokens. image: the image's index within the sample.
+        region: the part of the image that it covers, normalised x1, y1, x2, y2.
+    """
+
     height: int
     width: int
     image: int = 0
+    region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+    @property
+    def cells(self) -> int:
+        return self.height * self.width
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the tokens of one image, or of one tile of it, stand in the sequence.
+
+    Args:
+        start: position of the first. tile: what they cover.
+        stride: positions from one row of tokens to the next; 0: the rows follow each other (no separators).
+    """
+
+    start: int
+    tile: Tile
+    stride: int = 0
 
     @property
     def stop(self) -> int:
-        return self.start + self.height * self.width
+        """The position after the last token."""
+        return self.start + (self.tile.height - 1) * (self.stride or self.tile.width) + self.tile.width
+
+    def positions(self) -> Tensor:
+        """Every token's position, row by row: long [height * width]."""
+        rows = torch.arange(self.tile.height) * (self.stride or self.tile.width)
+        return (self.start + rows[:, None] + torch.arange(self.tile.width)).flatten()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a teacher's trajectory: a token, word or sentence of its answer, or a group of tokens.
+
+    Args:
+        text: the words of the step. group: 'functional', 'object' or 'attribute' (Fig. 3), '' where nothing was tagged.
+        gaze: float32 [N_t], the map of the step's own rows (as ``Trace.gaze``).
+    """
+
+    text: str
+    group: str
+    gaze: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,21 +118,29 @@ class Trace:
     Args:
         sample_id: the sample it belongs to.
         answer: the teacher's own greedy answer.
-        grids: (height, width) of each image in the teacher's tokens.
-        gaze: float32 [N_t], S_j of Eq. 2, all images in order (N_t teacher image tokens): attention mass a token, not
-            yet scaled (Eq. 3) or sparsified, so that shares of mass can be read off it.
-        semantics: float32 [D_t], V_sem pooled as the extraction's settings say.
-        mass: share of the recorded rows' attention that falls on image tokens at all (the sum of ``gaze``), in [0, 1].
+        tiles: the teacher's image tokens: one tile an image, or several where its family cuts images up.
+        gaze: float32 [N_t], S_j of Eq. 2, all tiles in order (N_t teacher image tokens): attention mass a token, not
+            yet scaled (Eq. 3) or sparsified, so that shares of mass can be read off it (other settings of the
+            extraction's ``normalisation`` store something else; the store's header says what).
+        semantics: float32 [D_t], V_sem pooled as the extraction's settings say; or [M, D_t], the states of M tokens.
+        mass: share of the recorded rows' attention that falls on image tokens at all, in [0, 1].
+        semantic_tokens: long [M], the image tokens (indices into ``gaze``) whose states ``semantics`` holds; None where
+            it is pooled.
+        steps: the trajectory in steps, in order; empty where the extraction records only the aggregate.
+        blind_answer: what a model answered that did not see the image; None where nothing was asked.
         verdicts: a filter's name -> whether the sample passes it.
         scores: a filter's name -> the figure behind the verdict (for example the attention mass inside the boxes).
     """
 
     sample_id: str
     answer: str
-    grids: tuple[tuple[int, int], ...]
+    tiles: tuple[Tile, ...]
     gaze: Tensor
     semantics: Tensor
     mass: float
+    semantic_tokens: Tensor | None = None
+    steps: tuple[Step, ...] = ()
+    blind_answer: str | None = None
     verdicts: Mapping[str, bool] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
 
@@ -101,7 +152,8 @@ class Encoded:
     Args:
         input_ids: long [S]. roles: uint8 [S] of Role. labels: long [S], the token each position is asked to predict
             (already shifted: labels[i] is compared with the logits at i), -100 elsewhere.
-        spans: one Span an image. position_ids: long [3, S] or [S], or None where the family needs none.
+        spans: one Span an image, or one a tile, in the order of their positions.
+        position_ids: long [3, S] or [S], or None where the family needs none.
         header: positions of the assistant's header, (start, stop); its last one predicts what follows.
         vision: the processor's vision tensors (pixel_values, image_grid_thw, ...), or empty where features are cached.
         features: cached image features [N, D], or None.

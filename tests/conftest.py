@@ -31,7 +31,7 @@ from laavit.cli import run as cli_run
 from laavit.gates import Gate
 from laavit.latents import LearnedLatents
 from laavit.model import LaViT
-from laavit.structures import Batch, Box, Encoded, Sample, Trace
+from laavit.structures import Batch, Box, Encoded, Sample, Tile, Trace
 from laavit.students import HFStudent
 from laavit.targets import ConceptTarget, Target, TrajectoryTarget
 from laavit.targets.base import stack
@@ -226,10 +226,10 @@ class Lab:
     def trace(self, sample: Sample, seed: int = 0) -> Trace:
         """A random trace over a finer grid than the student's: 4 x 5 tokens an image."""
         generator = torch.Generator().manual_seed(seed + sum(map(ord, sample.id)))
-        grids = tuple((4, 5) for _ in sample.images)
-        gaze = torch.rand(20 * len(grids), generator=generator, dtype=torch.float64).square()
+        tiles = tuple(Tile(4, 5, image) for image in range(len(sample.images)))
+        gaze = torch.rand(20 * len(tiles), generator=generator, dtype=torch.float64).square()
         semantics = torch.randn(self.width, generator=generator, dtype=torch.float64)
-        return Trace(sample.id, sample.answer, grids, gaze / 20, semantics, float(gaze.sum() / 20))
+        return Trace(sample.id, sample.answer, tiles, gaze / 20, semantics, float(gaze.sum() / 20))
 
     def batch(
         self,

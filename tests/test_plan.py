@@ -130,7 +130,7 @@ def measured_step(model: LaViT, shaped: planning.Shaped, size: int, precision: s
     """The highest number of bytes that PyTorch's CPU allocator held during one real step, over what it held before."""
     backbone = model.student.backbone
     item = planning.example(backbone, shaped.grid("student", shaped.plan), model.student.latents, LOAD)
-    features = torch.randn(item.spans[0].height * item.spans[0].width, backbone.width)
+    features = torch.randn(item.spans[0].tile.cells, backbone.width)
     batch = collate([replace(item, features=features)] * size, backbone.family, 0)
     batch.targets = planning.prepared_targets(shaped, item, size)
     model.train()
@@ -228,7 +228,7 @@ def test_the_paper_s_recipes_resolve(name: str) -> None:
 def test_pixel_bounds_scale_images_and_are_saved(tiny_folder: Path, pictures: list[Path], tmp_path: Path) -> None:
     def tokens(backbone: Backbone) -> int:
         (span,) = backbone.builder(PromptSettings()).prompt_of(Sample("a", (pictures[1],), "What?", "blue")).spans
-        return span.height * span.width
+        return span.tile.cells
 
     own = Backbone.load(str(tiny_folder))
     assert tokens(own) == 12  # 64 x 48 px, 16 px a token

@@ -58,7 +58,7 @@ class Backbone:
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor
-        self.family = family_of(model.config)  # type: ignore[arg-type]
+        self.family = family_of(model.config, processor)  # type: ignore[arg-type]
 
     @classmethod
     def load(
@@ -147,8 +147,7 @@ class Backbone:
         if prompts[0].features is not None:
             features = [p.features.to(self.device) for p in prompts if p.features is not None]
             inputs = {k: v for k, v in inputs.items() if k != "pixel_values"} | self.family.feature_inputs(features)
-        types = (ids == self.family.image_token_id).int()
-        inputs |= {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
+        inputs |= {"input_ids": ids, "attention_mask": mask} | self.family.text_inputs(ids)
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         out = self.model.generate(  # type: ignore[operator]
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=repetition_penalty,

@@ -116,7 +116,7 @@ class SequenceBuilder:
         begin, end = self._question(sample, text, len(chat_ids))
         roles[begin:end] = Role.QUESTION
         for span in spans:
-            roles[span.start : span.stop] = Role.IMAGE
+            roles[span.positions()] = Role.IMAGE
         roles[len(chat_ids) : len(chat_ids) + self.latents] = Role.LATENT
         roles[len(chat_ids) + self.latents :] = Role.ANSWER
         tail = self.processor.tokenizer.encode(text[len(open_turn) :], add_special_tokens=False)

@@ -28,7 +28,7 @@ from laavit.latents import latent_tokens
 from laavit.model import LaViT, build_targets
 from laavit.recipe import Recipe
 from laavit.registry import UserError
-from laavit.structures import Batch, Encoded, Role, Sample, Span, Trace
+from laavit.structures import Batch, Encoded, Role, Sample, Span, Tile, Trace
 from laavit.students.hf import PARTS, HFStudent
 from laavit.targets.base import stack
 
@@ -90,7 +90,7 @@ def example(backbone: Backbone, grid: tuple[int, int], latents: int, load: Load)
         input_ids=ids,
         roles=torch.tensor(roles, dtype=torch.uint8),
         labels=labels,
-        spans=(Span(before, *grid),),
+        spans=(Span(before, Tile(*grid)),),
         position_ids=backbone.family.positions(ids, vision),
         header=(before + tokens + after, before + tokens + after + header),
         vision=vision,
@@ -101,7 +101,7 @@ def example(backbone: Backbone, grid: tuple[int, int], latents: int, load: Load)
 def batch_of(backbone: Backbone, item: Encoded, size: int, mode: FakeTensorMode) -> Batch:
     """``size`` equal samples, their image features as fake tensors."""
     with mode:
-        features = torch.empty(item.spans[0].height * item.spans[0].width, backbone.width, dtype=_dtype(backbone.model))
+        features = torch.empty(item.spans[0].tile.cells, backbone.width, dtype=_dtype(backbone.model))
     return collate([replace(item, features=features)] * size, backbone.family, 0)
 
 
@@ -186,7 +186,7 @@ def prepared_targets(shaped: Shaped, item: Encoded, size: int) -> dict[str, dict
         return {}
     grid = shaped.grid("teacher", shaped.teacher_plan)
     tokens = grid[0] * grid[1]
-    trace = Trace("plan", "", (grid,), torch.rand(tokens), torch.rand(shaped.teacher.width), 1.0)
+    trace = Trace("plan", "", (Tile(*grid),), torch.rand(tokens), torch.rand(shaped.teacher.width), 1.0)
     one = {name: target.prepare(item, trace) for name, target in shaped.model.targets.items()}  # type: ignore[operator]
     return {name: stack([prepared] * size) for name, prepared in one.items()}
 

@@ -101,7 +101,7 @@ def statistics(traces: Sequence[Trace], samples: Sequence[Sample]) -> dict[str, 
         measures["salient"].append(float(salient_regions(trace.gaze)))
         measures["cv"].append(float(cv(trace.gaze)))
         if sample.boxes:
-            measures["in_box"].append(float(in_box_mass(trace.gaze, sample_mask(sample.boxes, trace.grids))))
+            measures["in_box"].append(float(in_box_mass(trace.gaze, sample_mask(sample.boxes, trace.tiles))))
     result: dict[str, Any] = {"n": len(traces)}
     for name, values in measures.items():
         if not values:
@@ -167,5 +167,5 @@ def _spread(samples: Sequence[Sample], show: int) -> list[int]:
 
 
 def _map(trace: Trace) -> Mapping[str, Any]:
-    height, width = trace.grids[0]
+    height, width = trace.tiles[0].height, trace.tiles[0].width
     return {"grid": [height, width], "values": [round(float(x), 6) for x in trace.gaze[: height * width]]}

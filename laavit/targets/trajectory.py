@@ -81,12 +81,9 @@ class TrajectoryTarget(Target):
 
     def prepare(self, encoded: Encoded, trace: Trace | None) -> dict[str, Tensor]:
         assert trace is not None, "the data set hands a trace to every target that needs one"
-        if len(trace.grids) != len(encoded.spans):
-            given, wanted = len(trace.grids), len(encoded.spans)
-            raise UserError(f"the trace of sample '{trace.sample_id}' has {given} images, the sample {wanted}")
-        grids = [(span.height, span.width) for span in encoded.spans]
+        tiles = [span.tile for span in encoded.spans]
         try:
-            gaze = resample(normalise(trace.gaze), trace.grids, grids)
+            gaze = resample(normalise(trace.gaze), trace.tiles, tiles)
             return {"gaze": to_distribution(gaze if self.top_k is None else top_k(gaze, self.top_k))}
         except ValueError as error:
             raise UserError(f"the trace of sample '{trace.sample_id}' cannot be a target: {error}") from None

@@ -134,7 +134,7 @@ def record(
             Trace(
                 sample_id=item.sample.id,
                 answer=answers[i],
-                grids=tuple((span.height, span.width) for span in item.spans),
+                tiles=tuple(span.tile for span in item.spans),
                 gaze=gaze,
                 semantics=pool(states[i][roles[i] == Role.IMAGE], gaze, settings),
                 mass=float(gaze.sum()),

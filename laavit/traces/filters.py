@@ -148,7 +148,7 @@ class AlignmentFilter:
             gaze = top_k(gaze, self.top_k)
         if not bool(gaze.sum() > 0):
             return False, 0.0  # a flat map looks nowhere
-        mask = sample_mask(sample.boxes, trace.grids, gaze.dtype)
+        mask = sample_mask(sample.boxes, trace.tiles, gaze.dtype)
         score = float(in_box_mass(gaze, mask))
         return score >= self.minimum, score
 

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laavit.structures import Box
+from laavit.structures import Box, Tile
 
 Grid = tuple[int, int]
 
 
-def cells(grids: Sequence[Grid]) -> list[int]:
+def cells(grids: Sequence[Grid | Tile]) -> list[int]:
     """How many tokens each image has."""
+    grids = _as_grids(grids)
     if not grids or any(height < 1 or width < 1 for height, width in grids):
         raise ValueError(f"grids are (height, width) pairs of at least 1 x 1, got {list(grids)}")
     return [height * width for height, width in grids]
@@ -60,7 +61,7 @@ def boxes_to_mask(
     return share.clamp(0, 1).flatten().to(dtype)
 
 
-def sample_mask(boxes: Sequence[Box], grids: Sequence[Grid], dtype: torch.dtype = torch.float32) -> Tensor:
+def sample_mask(boxes: Sequence[Box], grids: Sequence[Grid | Tile], dtype: torch.dtype = torch.float32) -> Tensor:
     """``boxes_to_mask`` over all images of a sample, each box on the image it names: -> [N].
 
     Raises:
@@ -72,13 +73,13 @@ def sample_mask(boxes: Sequence[Box], grids: Sequence[Grid], dtype: torch.dtype 
         raise ValueError(f"a box is on image {stray[0]}, but there are {len(grids)} grids")
     masks = [
         boxes_to_mask([box for box in boxes if box.image == image], height, width, dtype)
-        for image, (height, width) in enumerate(grids)
+        for image, (height, width) in enumerate(_as_grids(grids))
     ]
     return torch.cat(masks)
 
 
 def resample(
-    gaze: Tensor, source: Grid | Sequence[Grid], target: Grid | Sequence[Grid], antialias: bool = True
+    gaze: Tensor, source: Grid | Sequence[Grid | Tile], target: Grid | Sequence[Grid | Tile], antialias: bool = True
 ) -> Tensor:
     """Bilinear interpolation of a map from one grid to another (App. C.2); renormalising is the caller's.
 
@@ -141,8 +142,9 @@ def in_box_mass(gaze: Tensor, mask: Tensor) -> Tensor:
     return ((gaze * mask.to(gaze.dtype)).sum(-1) / total).clamp(0, 1)
 
 
-def _as_grids(value: Grid | Sequence[Grid]) -> list[Grid]:
+def _as_grids(value: Grid | Sequence[Grid | Tile]) -> list[Grid]:
     """One (h, w) pair or a sequence of them -> a list of pairs."""
     if len(value) == 2 and all(isinstance(side, int) for side in value):
         return [(int(value[0]), int(value[1]))]  # type: ignore[call-overload, arg-type]
-    return [(int(grid[0]), int(grid[1])) for grid in value]  # type: ignore[index]
+    pairs = [(grid.height, grid.width) if isinstance(grid, Tile) else grid for grid in value]
+    return [(int(height), int(width)) for height, width in pairs]  # type: ignore[misc]

@@ -26,7 +26,7 @@ from datasets import Features, List, Value
 
 from laavit.files import write_bytes
 from laavit.registry import UserError
-from laavit.structures import Trace
+from laavit.structures import Tile, Trace
 from laavit.traces import gaze as gazes
 
 SCHEMA = 1
@@ -66,10 +66,10 @@ def encode(trace: Trace, gaze_top_k: int | None, semantics_dtype: str) -> Row:
     name = f"the trace of sample '{trace.sample_id}'"
     if not trace.sample_id:
         raise UserError("a trace has an empty sample id")
-    tokens = sum(height * width for height, width in trace.grids)
+    tokens = sum(tile.cells for tile in trace.tiles)
     if trace.gaze.ndim != 1 or trace.gaze.shape[0] != tokens:
         raise UserError(
-            f"{name} has a gaze of shape {tuple(trace.gaze.shape)} for grids {trace.grids} ({tokens} tokens)"
+            f"{name} has a gaze of shape {tuple(trace.gaze.shape)} for tiles {trace.tiles} ({tokens} tokens)"
         )
     if trace.semantics.ndim != 1 or trace.semantics.shape[0] == 0:
         raise UserError(f"{name} has semantics of shape {tuple(trace.semantics.shape)}; allowed: one vector [D]")
@@ -92,7 +92,7 @@ def encode(trace: Trace, gaze_top_k: int | None, semantics_dtype: str) -> Row:
     return {
         "sample_id": trace.sample_id,
         "answer": trace.answer,
-        "grids": np.asarray(trace.grids, dtype=np.int32).reshape(-1),
+        "grids": np.asarray([(t.height, t.width) for t in trace.tiles], dtype=np.int32).reshape(-1),
         "gaze_indices": indices.to(torch.int32).numpy(),
         "gaze_values": gaze.numpy().copy(),
         "semantics": semantics.numpy().copy(),
@@ -107,15 +107,15 @@ def encode(trace: Trace, gaze_top_k: int | None, semantics_dtype: str) -> Row:
 def decode(row: Mapping[str, Any], sparse: bool) -> Trace:
     """A stored row as a trace with a dense gaze; tensors are copies, free of the memory map."""
     sides = np.asarray(row["grids"]).reshape(-1, 2).tolist()
-    grids = tuple((int(height), int(width)) for height, width in sides)
+    tiles = tuple(Tile(int(height), int(width), image) for image, (height, width) in enumerate(sides))
     values = torch.from_numpy(np.array(row["gaze_values"], dtype=np.float32))
     if sparse:
-        dense = torch.zeros(sum(height * width for height, width in grids))
+        dense = torch.zeros(sum(tile.cells for tile in tiles))
         values = dense.index_copy_(0, torch.from_numpy(np.array(row["gaze_indices"], dtype=np.int64)), values)
     return Trace(
         sample_id=row["sample_id"],
         answer=row["answer"],
-        grids=grids,
+        tiles=tiles,
         gaze=values,
         semantics=torch.from_numpy(np.array(row["semantics"], dtype=np.float32)),
         mass=row["mass"],

@@ -34,14 +34,14 @@ def test_every_position_has_its_role(backbone: Backbone, samples: list[Sample], 
         item = builder.encode(sample, sample.answer)
         pieces = {role: decode(item.input_ids[item.roles == role]) for role in Role}
         assert pieces[Role.QUESTION].strip() == sample.question
-        assert pieces[Role.IMAGE] == "<|image_pad|>" * sum(s.height * s.width for s in item.spans)
+        assert pieces[Role.IMAGE] == "<|image_pad|>" * sum(s.tile.cells for s in item.spans)
         assert pieces[Role.LATENT] == "".join(latent_tokens(latents)[:-1])
         assert pieces[Role.ANSWER] == ("<|latent_end|>" if latents else "") + sample.answer + "<|im_end|>"
         assert decode(item.input_ids[slice(*item.header)]) == "<|im_start|>assistant\n"
         asked = (item.labels != IGNORED).nonzero().flatten()
         assert torch.equal(item.labels[asked], item.input_ids[asked + 1])  # shifted: what comes next
         assert decode(item.labels[asked]) == sample.answer + "<|im_end|>"
-        assert [(s.height, s.width) for s in item.spans] == [
+        assert [(s.tile.height, s.tile.width) for s in item.spans] == [
             (Image.open(path).height // 16, Image.open(path).width // 16) for path in sample.images
         ]
 

@@ -107,5 +107,5 @@ def test_a_trace_of_other_images_is_named(lab: Any, model: Any, samples: list[Sa
         writer.append(replace(lab.trace(samples[2]), sample_id="a"))  # two images against one
     targets = {"trajectory": TrajectoryTarget()}
     dataset = AlignedDataset(samples[:1], model.student.builder(PROMPT), targets, TraceStore(tmp_path))
-    with pytest.raises(UserError, match="sample 'a' has 2 images, the sample 1"):
+    with pytest.raises(UserError, match="sample 'a' cannot be a target: 2 images cannot be resampled to 1"):
         dataset[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laavit.registry import UserError
-from laavit.structures import Batch, Role, Sample, Trace
+from laavit.structures import Batch, Role, Sample, Tile, Trace
 from laavit.targets.trajectory import TrajectoryTarget, trajectory_loss
 
 
@@ -20,8 +20,8 @@ def plain_target(trace: Trace, grids: Sequence[tuple[int, int]], top_k: int | No
     """A_traj: Eq. 3, bilinear to the student's grid (App. C.2), Top-K, a distribution again."""
     low, high = min(trace.gaze.tolist()), max(trace.gaze.tolist())
     scaled = torch.tensor([(value - low) / (high - low + 1e-8) for value in trace.gaze.tolist()], dtype=torch.float64)
-    parts = []
-    for part, old, new in zip(scaled.split([h * w for h, w in trace.grids]), trace.grids, grids, strict=True):
+    parts, before = [], [(tile.height, tile.width) for tile in trace.tiles]
+    for part, old, new in zip(scaled.split([h * w for h, w in before]), before, grids, strict=True):
         image = F.interpolate(part.view(1, 1, *old), size=new, mode="bilinear", align_corners=False, antialias=True)
         share = old[0] * old[1] / (new[0] * new[1]) if len(grids) > 1 else 1.0
         parts.append(image.flatten() * share)
@@ -42,7 +42,7 @@ def plain_trajectory(
     """
     total = torch.zeros((), dtype=torch.float64)
     for b, trace in enumerate(traces):
-        target = plain_target(trace, [(s.height, s.width) for s in batch.spans[b]], top_k)
+        target = plain_target(trace, [(s.tile.height, s.tile.width) for s in batch.spans[b]], top_k)
         image = [place for span in batch.spans[b] for place in range(span.start, span.stop)]
         queries = [i for i, value in enumerate(batch.roles[b].tolist()) if value == role]
         for query in queries:
@@ -134,7 +134,7 @@ def test_prepared_maps_are_distributions_of_k_tokens(lab: Any, samples: list[Sam
     model = lab.model({"trajectory": TrajectoryTarget(top_k=3)})
     for item in lab.encode(model, samples):
         gaze = model.named_targets["trajectory"].prepare(item, lab.trace(item.sample))["gaze"]
-        assert len(gaze) == sum(span.height * span.width for span in item.spans)
+        assert len(gaze) == sum(span.tile.cells for span in item.spans)
         assert gaze.sum() == pytest.approx(1, abs=1e-12) and (gaze > 0).sum() == 3
 
 
@@ -143,8 +143,10 @@ def test_a_trace_that_does_not_fit_is_one_sentence(lab: Any, samples: list[Sampl
     (item,) = lab.encode(model, samples[:1])
     trace = lab.trace(samples[0])
     target = model.named_targets["trajectory"]
-    with pytest.raises(UserError, match="sample 'a' has 2 images, the sample 1"):
-        target.prepare(item, replace(trace, grids=((4, 5), (4, 5)), gaze=torch.cat([trace.gaze, trace.gaze])))
+    with pytest.raises(UserError, match="sample 'a' cannot be a target: 2 images cannot be resampled to 1"):
+        target.prepare(
+            item, replace(trace, tiles=(Tile(4, 5), Tile(4, 5, 1)), gaze=torch.cat([trace.gaze, trace.gaze]))
+        )
     with pytest.raises(UserError, match=r"sample 'a' cannot be a target: .*zero everywhere"):
         target.prepare(item, replace(trace, gaze=torch.full((20,), 0.3)))
     with pytest.raises(UserError, match="sample 'a' cannot be a target"):

@@ -17,7 +17,7 @@ import laavit.teachers.extraction as extraction
 from laavit.backbones import collate
 from laavit.backbones.rows import ROW_KINDS
 from laavit.registry import UserError
-from laavit.structures import Box, Role, Sample, Span, Trace
+from laavit.structures import Box, Role, Sample, Span, Tile, Trace
 from laavit.teachers import ExtractSettings, HFTeacher, extract
 from laavit.teachers.extraction import Extractor, record
 from laavit.traces.store import TraceStore, TraceWriter
@@ -92,7 +92,7 @@ def test_gaze_and_semantics_equal_equations_2_and_3(teacher: HFTeacher, samples:
                     scores += each[0, head, i, image] / (len(layers) * each.shape[1] * len(rows))
         torch.testing.assert_close(trace.gaze, scores, rtol=1e-9, atol=1e-12)
         assert trace.mass == pytest.approx(float(scores.sum()), rel=1e-9) and 0 < trace.mass < 1
-        assert trace.grids == tuple((span.height, span.width) for span in item.spans)
+        assert trace.tiles == tuple(span.tile for span in item.spans)
         expected = plain_semantics(states[image], scores, settings.semantics, settings.top_k)
         torch.testing.assert_close(trace.semantics, expected, rtol=1e-8, atol=1e-10)
         assert trace.sample_id == sample.id and trace.answer == sample.answer
@@ -103,7 +103,7 @@ def test_a_batch_of_traces_is_its_samples(teacher: HFTeacher, samples: list[Samp
     extractor = Extractor(teacher, settings)
     for trace, sample in zip(extractor(samples), samples, strict=True):
         (alone,) = extractor([sample])
-        assert trace.answer == alone.answer and trace.grids == alone.grids
+        assert trace.answer == alone.answer and trace.tiles == alone.tiles
         torch.testing.assert_close(trace.gaze, alone.gaze, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(trace.semantics, alone.semantics, rtol=1e-9, atol=1e-10)
 
@@ -207,7 +207,7 @@ def test_an_error_inside_a_batch_leaves_the_resumed_bits_equal(
 
 def test_a_batch_is_stored_whole_or_not_at_all(tmp_path: Path) -> None:
     def trace(name: str, value: float = 1.0) -> Trace:
-        return Trace(name, "x", ((1, 2),), torch.tensor([0.1, value]), torch.ones(3), 0.1)
+        return Trace(name, "x", (Tile(1, 2),), torch.tensor([0.1, value]), torch.ones(3), 0.1)
 
     with TraceWriter(tmp_path, {}, 4) as writer:
         writer.extend([trace("a"), trace("b")])
@@ -269,7 +269,7 @@ def test_an_image_of_one_token_has_its_own_state(teacher: HFTeacher, tmp_path: P
     """Eq. 3 makes zeros of a constant map; the semantics are then the plain mean."""
     Image.new("RGB", (16, 16), "red").save(tmp_path / "dot.png")
     (trace,) = Extractor(teacher, replace(GOLD, semantics=pooling))([Sample("dot", (tmp_path / "dot.png",), "?", "no")])
-    assert trace.grids == ((1, 1),) and torch.isfinite(trace.semantics).all() and trace.semantics.abs().sum() > 0
+    assert trace.tiles == (Tile(1, 1),) and torch.isfinite(trace.semantics).all() and trace.semantics.abs().sum() > 0
 
 
 def test_boxes_do_not_change_a_trace(teacher: HFTeacher, samples: list[Sample]) -> None:

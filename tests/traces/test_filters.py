@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from laavit.registry import FILTERS, UserError
-from laavit.structures import Box, Sample, Trace
+from laavit.structures import Box, Sample, Tile, Trace
 from laavit.traces.filters import (
     AlignmentFilter,
     CorrectnessFilter,
@@ -28,7 +28,9 @@ def sample(answer="blue", question="What colour?", boxes=(), key="1"):
 
 
 def trace(answer="blue", gaze=(1.0, 0.0, 0.0, 1.0), grids=((2, 2),), key="1"):
-    return Trace(key, answer, grids, torch.tensor(gaze), torch.ones(3), 0.5)
+    return Trace(
+        key, answer, tuple(Tile(*grid, i) for i, grid in enumerate(grids)), torch.tensor(gaze), torch.ones(3), 0.5
+    )
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def small(path, ids=("a", "b", "c"), header=None, size=2):
 
 def same(first: Trace, second: Trace) -> bool:
     tensors = all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("gaze", "semantics"))
-    plain = ("sample_id", "answer", "grids", "mass", "verdicts", "scores")
+    plain = ("sample_id", "answer", "tiles", "mass", "verdicts", "scores")
     return tensors and all(getattr(first, name) == getattr(second, name) for name in plain)
 
 
@@ -69,7 +69,7 @@ def test_sparse_maps_come_back_dense(uninterrupted):
         trace, original = store[number], writing.trace(number)
         assert torch.equal(trace.gaze, top_k(original.gaze, 4)) and trace.gaze.dtype == torch.float32
         assert torch.equal(trace.semantics, original.semantics.half().float())
-        assert trace.grids == original.grids and trace.answer == original.answer
+        assert trace.tiles == original.tiles and trace.answer == original.answer
 
 
 def test_reading_gives_copies(tmp_path):
@@ -244,7 +244,7 @@ def test_an_empty_store(tmp_path):
     [
         ({"sample_id": "a"}, "already holds sample 'a'"),
         ({"sample_id": ""}, "empty sample id"),
-        ({"gaze": torch.ones(5)}, r"shape \(5,\) for grids .* \(6 tokens\)"),
+        ({"gaze": torch.ones(5)}, r"shape \(5,\) for tiles .* \(6 tokens\)"),
         ({"gaze": torch.full((6,), float("nan"))}, "non-finite"),
         ({"gaze": -torch.ones(6)}, "negative"),
         ({"semantics": torch.ones(31)}, "31 wide, the store's 32"),

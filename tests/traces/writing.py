@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from laavit.structures import Trace
+from laavit.structures import Tile, Trace
 from laavit.traces.store import TraceWriter
 
 COUNT, SHARD, HEADER = 150, 16, {"teacher": "tiny", "gaze_top_k": 4, "semantics_dtype": "float16"}
@@ -20,12 +20,12 @@ COUNT, SHARD, HEADER = 150, 16, {"teacher": "tiny", "gaze_top_k": 4, "semantics_
 
 def trace(number: int) -> Trace:
     generator = torch.Generator().manual_seed(number)
-    grids = ((2, 3),) if number % 3 else ((2, 3), (4, 1))
+    tiles = (Tile(2, 3),) if number % 3 else (Tile(2, 3), Tile(4, 1, 1))
     return Trace(
         sample_id=f"s{number}",
         answer=f"answer {number} ü",
-        grids=grids,
-        gaze=torch.rand(sum(h * w for h, w in grids), generator=generator),
+        tiles=tiles,
+        gaze=torch.rand(sum(tile.cells for tile in tiles), generator=generator),
         semantics=torch.randn(32, generator=generator),
         mass=number / COUNT,
     )

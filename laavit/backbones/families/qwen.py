@@ -1,8 +1,4 @@
-"""Where the image is: the one place that knows a model family's geometry.
-
-A family turns the processor's output into spans, positions and features. Boxes, gaze, gates and plots use
-spans only. Registered under the Hugging Face ``model_type``.
-"""
+"""Qwen2-VL and Qwen2.5-VL: native resolution, patches merged by squares, M-RoPE."""
 
 from __future__ import annotations
 
@@ -15,24 +11,22 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from laavit.registry import FAMILIES, UserError, nearest
-from laavit.structures import Span
+from laavit.backbones.families.base import Family
+from laavit.registry import FAMILIES
+from laavit.structures import Span, Tile
 
 
 @FAMILIES.register_module(name="qwen2_5_vl")
-class QwenVL:
-    """Qwen2-VL and Qwen2.5-VL: one span an image, h * w patches merged by ``spatial_merge_size`` squared; M-RoPE.
-
-    Args:
-        config: the model's configuration.
-    """
+class QwenVL(Family):
+    """One span an image: h * w patches merged by ``spatial_merge_size`` squared; M-RoPE."""
 
     #: the processor's outputs that the vision tower reads
     vision_keys = ("pixel_values", "image_grid_thw")
+    takes_features = True
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self.image_token_id: int = config.image_token_id
-        self.merge: int = config.vision_config.spatial_merge_size
+    def __init__(self, config: PreTrainedConfig, processor: Any) -> None:
+        super().__init__(config, processor)
+        self.merge = int(config.vision_config.spatial_merge_size)
         # get_rope_index reads the configuration only; a one-layer copy without storage serves data workers.
         small = copy.deepcopy(config)
         small.text_config.num_hidden_layers = 1
@@ -54,8 +48,8 @@ class QwenVL:
             raise ValueError(f"{len(positions)} image tokens in the sequence, {expected} in the image grids {grids}")
         spans, offset = [], 0
         for index, (_, height, width) in enumerate(grids):
-            span = Span(positions[offset], height // self.merge, width // self.merge, index)
-            offset += span.height * span.width
+            span = Span(positions[offset], Tile(height // self.merge, width // self.merge, index))
+            offset += span.tile.cells
             if positions[offset - 1] != span.stop - 1:
                 raise ValueError(f"the tokens of image {index} are not contiguous")
             spans.append(span)
@@ -69,50 +63,22 @@ class QwenVL:
         )
         return positions[:, 0]
 
-    @staticmethod
-    def extend(positions: Tensor, count: int) -> Tensor:
-        """Positions of a sequence that goes on with ``count`` text tokens: [3, S] -> [3, S + count]."""
-        more = positions.max() + 1 + torch.arange(count)
-        return torch.cat([positions, more.expand(3, -1)], dim=1)
+    def text_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"mm_token_type_ids": (input_ids == self.image_token_id).int()}
 
-    @staticmethod
-    def batch(vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Vision tensors of several samples as one input of the tower."""
-        keys = {key for item in vision for key in item}
-        return {key: torch.cat([item[key] for item in vision if key in item]) for key in sorted(keys)}
-
-    @staticmethod
-    def image_features(model: Any, vision: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def image_features(self, model: Any, vision: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What the language model reads in place of the image tokens: [N_i, D] an image."""
         return tuple(model.model.get_image_features(vision["pixel_values"], vision["image_grid_thw"]).pooler_output)
 
-    @staticmethod
-    def feature_inputs(features: Sequence[Tensor]) -> dict[str, Any]:
+    def feature_inputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
         """Forward arguments that hand over cached features in place of pixels."""
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(features))}}
 
-    @staticmethod
-    def vision_tower(model: Any) -> nn.Module:
+    def vision_tower(self, model: Any) -> nn.Module:
         return model.model.visual
 
-    @staticmethod
-    def decoder(model: Any) -> nn.Module:
+    def decoder(self, model: Any) -> nn.Module:
         return model.model.language_model
 
 
 FAMILIES.register_module(name="qwen2_vl", module=QwenVL)
-
-
-def family_of(config: PreTrainedConfig) -> QwenVL:
-    """The family of a model's configuration.
-
-    Raises:
-        UserError: laavit does not know where this family keeps its image tokens.
-    """
-    kind = FAMILIES.get(config.model_type)
-    if kind is None:
-        raise UserError(
-            f"the model is of type '{config.model_type}', and laavit does not know where it keeps its image tokens; "
-            f"{nearest(config.model_type, FAMILIES.module_dict)}"
-        )
-    return kind(config)

@@ -1,0 +1,32 @@
+"""Where the image is: the one place that knows a model family's geometry, one file a family.
+
+A family turns the processor's output into spans, positions and features. Boxes, gaze, gates and plots use
+spans only. Registered under the Hugging Face ``model_type``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from laavit.backbones.families.base import Family
+from laavit.backbones.families.qwen import QwenVL
+from laavit.registry import FAMILIES, UserError, nearest
+
+__all__ = ["Family", "QwenVL", "family_of"]
+
+
+def family_of(config: PreTrainedConfig, processor: Any) -> Family:
+    """The family of a model's configuration.
+
+    Raises:
+        UserError: laavit does not know where this family keeps its image tokens.
+    """
+    kind = FAMILIES.get(config.model_type)
+    if kind is None:
+        raise UserError(
+            f"the model is of type '{config.model_type}', and laavit does not know where it keeps its image tokens; "
+            f"{nearest(config.model_type, FAMILIES.module_dict)}"
+        )
+    return kind(config, processor)

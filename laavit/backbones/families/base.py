@@ -1,0 +1,73 @@
+"""The contract of a model family: what the sequence builder and a backbone ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from laavit.structures import Span
+
+
+class Family:
+    """Where a family keeps its image tokens; the defaults are those of a decoder with plain positions.
+
+    Args:
+        config: the model's configuration. processor: the model's processor, where geometry depends on its settings.
+    """
+
+    #: the processor's outputs that the vision tower reads
+    vision_keys: tuple[str, ...] = ("pixel_values",)
+    #: whether ``feature_inputs`` can hand image features over in place of pixels
+    takes_features = False
+    #: patches of the vision tower along each side of a token
+    merge: int = 1
+
+    def __init__(self, config: PreTrainedConfig, processor: Any) -> None:
+        self.config, self.processor = config, processor
+        self.image_token_id: int = config.image_token_id
+
+    def spans(self, input_ids: Tensor, vision: Mapping[str, Tensor]) -> tuple[Span, ...]:
+        """Image tokens of one sequence [S], one Span an image or tile, in the order of their positions.
+
+        Raises:
+            ValueError: the number of image tokens differs from what the processor's geometry says.
+        """
+        raise TypeError(f"{type(self).__name__} must define spans(input_ids, vision)")
+
+    def positions(self, input_ids: Tensor, vision: Mapping[str, Tensor]) -> Tensor | None:
+        """Position ids of one sequence, long [3, S] or [S]; None where the model counts by itself."""
+        return None
+
+    def extend(self, positions: Tensor | None, count: int) -> Tensor | None:
+        """Positions of a sequence that goes on with ``count`` text tokens."""
+        if positions is None:
+            return None
+        more = positions.max() + 1 + torch.arange(count)
+        return torch.cat([positions, more.expand(*positions.shape[:-1], -1)], dim=-1)
+
+    def batch(self, vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Vision tensors of several samples as one input of the tower."""
+        keys = {key for item in vision for key in item}
+        return {key: torch.cat([item[key] for item in vision if key in item]) for key in sorted(keys)}
+
+    def text_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """What the model wants beside the token ids [B, S], for example which of them are image tokens."""
+        return {}
+
+    def image_features(self, model: Any, vision: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """What the language model reads in place of the image tokens: [N_i, D] an image."""
+        raise TypeError(f"{type(self).__name__} must define image_features(model, vision)")
+
+    def feature_inputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
+        """Forward arguments that hand over cached features in place of pixels."""
+        raise TypeError(f"{type(self).__name__} does not take cached image features")
+
+    def vision_tower(self, model: Any) -> nn.Module:
+        raise TypeError(f"{type(self).__name__} must define vision_tower(model)")
+
+    def decoder(self, model: Any) -> nn.Module:
+        raise TypeError(f"{type(self).__name__} must define decoder(model)")
