@@ -242,7 +242,7 @@ def extraction_pass(shaped: Shaped, load: Load) -> dict[str, int]:
     meter.ignore([*backbone.model.parameters(), *backbone.model.buffers()])
     with torch.no_grad(), meter:
         rows = torch.cat([row_positions(batch, kind) for kind in settings.rows], 1)
-        context = AttentionContext(rows=rows, layers=settings.layers, num_layers=backbone.depth, merged=True)
+        context = AttentionContext(rows=rows, layers=settings.depths(backbone.depth), merged=True)
         hidden = backbone.forward(batch, context)
         context.mean_rows()
         hidden.float()

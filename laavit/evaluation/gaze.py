@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from laavit.backbones.chat import open_image
 from laavit.evaluation.bridge import read_export
 from laavit.files import write_json, write_text
+from laavit.images import open_image
 from laavit.recipe import zoo_path
 from laavit.registry import UserError
 from laavit.structures import Sample, Trace
 from laavit.teachers import ExtractSettings, HFTeacher
-from laavit.teachers.extraction import Extractor
 from laavit.traces.gaze import cv, entropy, salient_regions
 from laavit.traces.grids import in_box_mass, sample_mask
 
@@ -77,16 +76,15 @@ def look(looker: Looker, samples: Sequence[Sample], batch_size: int = 32) -> lis
         system=card.get("system", ""),
         prompt_order=card.get("order", "image_first"),
         batch_size=batch_size,
-        shard_size=batch_size,
     )
     latents = int(card.get("latents", 0))
     if "latents" in looker.rows and not latents:
         raise UserError(f"{looker.name}: '{looker.folder}' has no latents; its rows are header+answer")
-    extractor = Extractor(HFTeacher(looker.folder), settings, latents)
+    extractor = HFTeacher(looker.folder).extractor(settings, latents)
     starts = range(0, len(samples), batch_size)
     found = []
     for start in track(starts, f"gaze of {looker.name}", transient=True):
-        found += extractor(samples[start : start + batch_size])
+        found += extractor([extractor.preparer(sample) for sample in samples[start : start + batch_size]])
     return found
 
 

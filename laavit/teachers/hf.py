@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import cuda
 
 from laavit.backbones.base import Backbone
 from laavit.registry import TEACHERS
+from laavit.teachers.recording import HFExtractor
+from laavit.teachers.settings import ExtractSettings
 
 
 @TEACHERS.register_module()
@@ -31,3 +35,24 @@ class HFTeacher:
         place = ("cuda" if cuda.is_available() else "cpu") if device == "auto" else device
         self.backbone = Backbone.load(path, dtype, place, min_pixels=min_pixels, max_pixels=max_pixels)
         self.backbone.model.eval().requires_grad_(False)
+
+    def card(self) -> dict[str, Any]:
+        """What a store's header says of the teacher."""
+        processor = self.backbone.processor
+        return {
+            "teacher": self.path,
+            "weights_sha256": self.backbone.weights_digest(),
+            "processor": type(processor).__name__,
+            "image_processor": processor.image_processor.to_json_string(),
+            "chat_template": processor.chat_template,
+            "width": self.backbone.width,
+            "depth": self.backbone.depth,
+        }
+
+    def extractor(self, settings: ExtractSettings, latents: int = 0) -> HFExtractor:
+        """Reads traces by these settings.
+
+        Args:
+            latents: K of a model that was trained with latents (to look at a student), 0 for a plain one.
+        """
+        return HFExtractor(self.backbone, settings, latents)

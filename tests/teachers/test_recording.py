@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import laavit.teachers.extraction as extraction
 from laavit.backbones import collate
 from laavit.backbones.rows import ROW_KINDS
 from laavit.registry import UserError
 from laavit.structures import Box, Role, Sample, Span, Tile, Trace
-from laavit.teachers import ExtractSettings, HFTeacher, extract
-from laavit.teachers.extraction import Extractor, record
-from laavit.traces.store import TraceStore, TraceWriter
+from laavit.teachers import ExtractSettings, HFTeacher
+from laavit.teachers.recording import HFExtractor, record
 
-GOLD = ExtractSettings(answer="gold", batch_size=3, shard_size=3)
+GOLD = ExtractSettings(answer="gold", batch_size=3)
+
+
+def traces_of(extractor: HFExtractor, samples: list[Sample]) -> list[Trace]:
+    return extractor([extractor.preparer(sample) for sample in samples])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def plain_rows(teacher: HFTeacher, ids: list[int], kinds: tuple[str, ...], spans
 
 def plain_maps(teacher: HFTeacher, sample: Sample, settings: ExtractSettings) -> tuple[Any, Any, Tensor]:
     """One sample by itself through an eager twin: its sequence, the maps of all layers, the last layer's states."""
-    builder = Extractor(teacher, settings).builder
+    builder = teacher.extractor(settings).preparer.builder
     item = builder.encode(sample, sample.answer)
     twin = copy.deepcopy(teacher.backbone.model)
     twin.set_attn_implementation({"text_config": "plain", "vision_config": "sdpa"})
@@ -80,7 +81,7 @@ def plain_semantics(states: Tensor, scores: Tensor, pooling: str, top_k: int) ->
 )
 def test_gaze_and_semantics_equal_equations_2_and_3(teacher: HFTeacher, samples: list[Sample], changes: dict) -> None:
     settings = replace(GOLD, **changes)
-    for sample, trace in zip(samples, Extractor(teacher, settings)(samples), strict=True):
+    for sample, trace in zip(samples, traces_of(teacher.extractor(settings), samples), strict=True):
         item, maps, states = plain_maps(teacher, sample, settings)
         rows = plain_rows(teacher, item.input_ids.tolist(), settings.rows, item.spans)
         image = [place for span in item.spans for place in range(span.start, span.stop)]
@@ -100,9 +101,9 @@ def test_gaze_and_semantics_equal_equations_2_and_3(teacher: HFTeacher, samples:
 
 def test_a_batch_of_traces_is_its_samples(teacher: HFTeacher, samples: list[Sample]) -> None:
     settings = replace(GOLD, answer="teacher", max_new_tokens=5)
-    extractor = Extractor(teacher, settings)
-    for trace, sample in zip(extractor(samples), samples, strict=True):
-        (alone,) = extractor([sample])
+    extractor = teacher.extractor(settings)
+    for trace, sample in zip(traces_of(extractor, samples), samples, strict=True):
+        (alone,) = traces_of(extractor, [sample])
         assert trace.answer == alone.answer and trace.tiles == alone.tiles
         torch.testing.assert_close(trace.gaze, alone.gaze, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(trace.semantics, alone.semantics, rtol=1e-9, atol=1e-10)
@@ -110,11 +111,11 @@ def test_a_batch_of_traces_is_its_samples(teacher: HFTeacher, samples: list[Samp
 
 def test_the_gaze_is_read_off_the_teachers_own_answer(teacher: HFTeacher, samples: list[Sample]) -> None:
     settings = replace(GOLD, answer="teacher", max_new_tokens=4, rows=("answer",))
-    (trace,) = Extractor(teacher, settings)(samples[:1])
-    prompt = Extractor(teacher, settings).builder.prompt_of(samples[0])
+    (trace,) = traces_of(teacher.extractor(settings), samples[:1])
+    prompt = teacher.extractor(settings).preparer.builder.prompt_of(samples[0])
     assert trace.answer == teacher.backbone.generate([prompt], 4)[0]
-    item = Extractor(teacher, settings).builder.with_answer(prompt, trace.answer)
-    (again,) = record(teacher, [item], [trace.answer], settings)
+    item = teacher.extractor(settings).preparer.builder.with_answer(prompt, trace.answer)
+    (again,) = record(teacher.backbone, [item], [trace.answer], settings)
     torch.testing.assert_close(trace.gaze, again.gaze, rtol=1e-9, atol=1e-12)
 
 
@@ -124,7 +125,7 @@ def test_the_gaze_is_read_off_the_teachers_own_answer(teacher: HFTeacher, sample
 def semantics_of_two_questions(teacher: HFTeacher, pictures: list[Path], **changes: Any) -> tuple[Tensor, Tensor]:
     questions = ("What colour is the shape?", "What is left of the circle?")
     pair = [Sample(str(i), (pictures[0],), question, "blue") for i, question in enumerate(questions)]
-    one, two = Extractor(teacher, replace(GOLD, **changes))(pair)
+    one, two = traces_of(teacher.extractor(replace(GOLD, **changes)), pair)
     return one.semantics, two.semantics
 
 
@@ -149,87 +150,6 @@ def test_gaze_pooling_or_question_first_make_it_contextual(
     assert (one - two).abs().max() > 1e-3
 
 
-# --- the store --------------------------------------------------------------------------------------------------------
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name[0] != "."
-    }
-
-
-def test_the_store_holds_what_the_extractor_saw(tiny_folder: Path, samples: list[Sample], tmp_path: Path) -> None:
-    teacher = HFTeacher(str(tiny_folder))
-    store = TraceStore(extract(teacher, samples, GOLD, tmp_path / "store", {"name": "test"}))
-    for trace, expected in zip(store, Extractor(teacher, GOLD)(samples), strict=True):
-        assert torch.equal(trace.gaze, expected.gaze) and torch.equal(trace.semantics, expected.semantics)
-    assert store.header["width"] == 32 and store.header["teacher"] == str(tiny_folder)
-    assert store.header["weights_sha256"] == teacher.backbone.weights_digest()
-    assert store.header["settings"]["rows"] == ["question", "header", "answer"]
-
-
-def test_a_sparse_store_keeps_the_strongest_tokens(tiny_folder: Path, samples: list[Sample], tmp_path: Path) -> None:
-    settings = replace(GOLD, gaze_top_k=3)
-    store = TraceStore(extract(HFTeacher(str(tiny_folder)), samples, settings, tmp_path, {}))
-    assert store.header["gaze_top_k"] == 3
-    assert [(trace.gaze > 0).sum().item() for trace in store] == [3, 3, 3]
-    with pytest.raises(UserError, match=r"extract\.gaze_top_k: at least 1, got 0"):
-        ExtractSettings(gaze_top_k=0)
-
-
-def test_an_error_inside_a_batch_leaves_the_resumed_bits_equal(
-    tiny_folder: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A trace that cannot be stored stops the run between batches: nothing of its batch is kept."""
-    many = [replace(sample, id=f"{sample.id}{n}") for n in range(3) for sample in samples]
-    teacher = HFTeacher(str(tiny_folder))
-    settings = replace(GOLD, batch_size=2, shard_size=4, answer="teacher", max_new_tokens=3)
-    extract(teacher, many, settings, tmp_path / "whole", {})
-
-    genuine = extraction.pool
-    calls: list[int] = []
-
-    def spoilt(states: Tensor, gaze: Tensor, given: ExtractSettings) -> Tensor:
-        calls.append(1)
-        pooled = genuine(states, gaze, given)
-        return pooled * float("nan") if len(calls) == 6 else pooled  # the second of the third batch
-
-    monkeypatch.setattr(extraction, "pool", spoilt)
-    with pytest.raises(UserError, match="not finite"):
-        extract(teacher, many, settings, tmp_path / "stopped", {})
-    assert len(TraceStore(tmp_path / "stopped")) == 4
-    monkeypatch.undo()
-    extract(teacher, many, settings, tmp_path / "stopped", {})
-    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
-
-
-def test_a_batch_is_stored_whole_or_not_at_all(tmp_path: Path) -> None:
-    def trace(name: str, value: float = 1.0) -> Trace:
-        return Trace(name, "x", (Tile(1, 2),), torch.tensor([0.1, value]), torch.ones(3), 0.1)
-
-    with TraceWriter(tmp_path, {}, 4) as writer:
-        writer.extend([trace("a"), trace("b")])
-        for bad in ([trace("c"), trace("d", float("nan"))], [trace("c"), trace("c")], [trace("c"), trace("a")]):
-            with pytest.raises(UserError):
-                writer.extend(bad)
-        assert writer.done == {"a", "b"}
-    assert TraceStore(tmp_path).ids == ("a", "b")
-
-
-def test_other_settings_or_data_than_the_store_was_begun_with(
-    tiny_folder: Path, samples: list[Sample], tmp_path: Path
-) -> None:
-    teacher = HFTeacher(str(tiny_folder))
-    extract(teacher, samples, GOLD, tmp_path, {"annotations_sha256": "1"})
-    with pytest.raises(UserError, match=r"begun with other settings.*top_k"):
-        extract(teacher, samples, replace(GOLD, top_k=4), tmp_path, {"annotations_sha256": "1"})
-    with pytest.raises(UserError, match=r"begun with other settings.*annotations_sha256"):
-        extract(teacher, samples, GOLD, tmp_path, {"annotations_sha256": "2"})
-    json.loads((tmp_path / "header.json").read_text())
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -237,7 +157,6 @@ def test_other_settings_or_data_than_the_store_was_begun_with(
         ({"semantics": "gaze_topk"}, r"extract\.semantics.*did you mean 'gaze_top_k'"),
         ({"answer": "golden"}, r"extract\.answer.*did you mean 'gold'"),
         ({"batch_size": 0}, r"extract\.batch_size: at least 1"),
-        ({"batch_size": 8, "shard_size": 12}, "no multiple of"),
         ({"prompt_order": "image_last"}, "allowed: image_first, question_first"),
     ],
 )
@@ -255,9 +174,9 @@ def test_rows_of_a_student_with_latents_can_be_read_too(lab: Any, samples: list[
     lab.student(2, dtype="float32").backbone.save(tmp_path)
     teacher = HFTeacher(str(tmp_path))
     settings = replace(GOLD, rows=("latents", "separator"))
-    extractor = Extractor(teacher, settings, latents=2)
-    traces = extractor(samples)
-    items = [extractor.builder.encode(sample, sample.answer) for sample in samples]
+    extractor = teacher.extractor(settings, latents=2)
+    traces = traces_of(extractor, samples)
+    items = [extractor.preparer.builder.encode(sample, sample.answer) for sample in samples]
     batch = collate(items, teacher.backbone.family, 0)
     assert ROW_KINDS["separator"](batch).sum(1).tolist() == [1, 1, 1]
     assert (batch.roles == Role.LATENT).sum(1).tolist() == [2, 2, 2]
@@ -268,12 +187,16 @@ def test_rows_of_a_student_with_latents_can_be_read_too(lab: Any, samples: list[
 def test_an_image_of_one_token_has_its_own_state(teacher: HFTeacher, tmp_path: Path, pooling: str) -> None:
     """Eq. 3 makes zeros of a constant map; the semantics are then the plain mean."""
     Image.new("RGB", (16, 16), "red").save(tmp_path / "dot.png")
-    (trace,) = Extractor(teacher, replace(GOLD, semantics=pooling))([Sample("dot", (tmp_path / "dot.png",), "?", "no")])
+    (trace,) = traces_of(
+        teacher.extractor(replace(GOLD, semantics=pooling)), [Sample("dot", (tmp_path / "dot.png",), "?", "no")]
+    )
     assert trace.tiles == (Tile(1, 1),) and torch.isfinite(trace.semantics).all() and trace.semantics.abs().sum() > 0
 
 
 def test_boxes_do_not_change_a_trace(teacher: HFTeacher, samples: list[Sample]) -> None:
     """The teacher never sees the annotation."""
     moved = [replace(sample, boxes=(Box(0, 0, 0.1, 0.1),)) for sample in samples]
-    for one, two in zip(Extractor(teacher, GOLD)(samples), Extractor(teacher, GOLD)(moved), strict=True):
+    for one, two in zip(
+        traces_of(teacher.extractor(GOLD), samples), traces_of(teacher.extractor(GOLD), moved), strict=True
+    ):
         assert torch.equal(one.gaze, two.gaze) and torch.equal(one.semantics, two.semantics)

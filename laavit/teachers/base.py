@@ -1,0 +1,51 @@
+"""The contract of a teacher: what the extraction (``engine.py``) asks of one, and nothing else.
+
+A teacher is any model that can be looked into: a Hugging Face vision-language model (``hf.py``), or a static image
+encoder as the control. What is read off it is data, ``ExtractSettings``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from laavit.structures import Sample, Trace
+from laavit.teachers.settings import ExtractSettings
+
+
+class Preparer(Protocol):
+    """Turns a sample into what the teacher reads. Picklable and without the model, so that data workers can run it."""
+
+    def __call__(self, sample: Sample) -> Any:
+        """Open the sample's images and tokenise its words.
+
+        Raises:
+            UserError: this sample cannot be read; the extraction puts it aside with this reason and goes on.
+        """
+        ...
+
+
+class Extractor(Protocol):
+    """Reads traces off prepared samples, one batch a call, on the teacher's device."""
+
+    preparer: Preparer
+
+    def __call__(self, prepared: Sequence[Any]) -> list[Trace]:
+        """The traces of one batch, in its order."""
+        ...
+
+
+class Teacher(Protocol):
+    """A frozen model by name.
+
+    Attributes:
+        path: the folder or the name that it was read from.
+    """
+
+    path: str
+
+    def card(self) -> dict[str, Any]:
+        """What a store's header says of the teacher: ``teacher``, ``weights_sha256``, ``processor``, ``width``, ..."""
+        ...
+
+    def extractor(self, settings: ExtractSettings) -> Extractor: ...
