@@ -51,6 +51,7 @@ TARGETS = Kind("target", scope="laavit", locations=["laavit.targets"])
 GATES = Kind("gate", scope="laavit", locations=["laavit.gates"])
 DATASETS = Kind("data", scope="laavit", locations=["laavit.data"])
 FILTERS = Kind("filter", scope="laavit", locations=["laavit.traces.filters"])
+JUDGES = Kind("judge", scope="laavit", locations=["laavit.traces.judges"])
 INTERVENTIONS = Kind("intervention", scope="laavit", locations=["laavit.evaluation.interventions"])
 SETTINGS = Kind(
     "section",
@@ -68,5 +69,6 @@ KINDS: dict[str, Kind] = {
     "gates": GATES,
     "data": DATASETS,
     "filters": FILTERS,
+    "judges": JUDGES,
     "interventions": INTERVENTIONS,
 }
