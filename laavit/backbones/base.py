@@ -119,13 +119,10 @@ class Backbone:
 
         Right-padded batches need no attention mask: a causal decoder never looks ahead into the padding.
         """
-        if batch.features is not None:
-            grids = {k: v for k, v in batch.vision.items() if k != "pixel_values"}
-            vision = grids | self.family.feature_inputs([f.to(self.device) for f in batch.features])
-        else:
-            vision = dict(batch.vision)
+        features = None if batch.features is None else [f.to(self.device) for f in batch.features]
+        inputs = self.family.inputs(batch.vision, features) | self.family.text_inputs(batch.input_ids)
         output = self.model.model(  # type: ignore[operator]
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, laavit=context, **vision
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, laavit=context, **inputs
         )
         return output.last_hidden_state
 
@@ -143,15 +140,14 @@ class Backbone:
         for row, prompt in enumerate(prompts):
             ids[row, length - len(prompt.input_ids) :] = prompt.input_ids
             mask[row, length - len(prompt.input_ids) :] = 1
-        inputs: dict[str, Any] = self.family.batch([p.vision for p in prompts])
-        if prompts[0].features is not None:
-            features = [p.features.to(self.device) for p in prompts if p.features is not None]
-            inputs = {k: v for k, v in inputs.items() if k != "pixel_values"} | self.family.feature_inputs(features)
+        features = [p.features.to(self.device) for p in prompts if p.features is not None] or None
+        inputs = self.family.inputs(self.family.batch([p.vision for p in prompts]), features)
         inputs |= {"input_ids": ids, "attention_mask": mask} | self.family.text_inputs(ids)
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         out = self.model.generate(  # type: ignore[operator]
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=repetition_penalty,
-            temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=self.tokenizer.eos_token_id,
+            temperature=None, top_p=None, top_k=None, pad_token_id=pad,
+            eos_token_id=sorted({self.tokenizer.eos_token_id, self.family.end_of_turn()}),
         )  # fmt: skip
         return [t.strip() for t in self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
 

@@ -106,9 +106,12 @@ class SequenceBuilder:
         open_turn = self.processor.apply_chat_template(chat, add_generation_prompt=False, tokenize=False)
         text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         text = text.removesuffix("".join(latent_tokens(self.latents)))  # an exported template writes them itself
-        output = self.processor(text=[text], images=pictures or None, return_tensors="pt")
+        # The template writes every special token; a tokenizer that adds its own would double the first one.
+        output = self.processor(
+            text=[text], images=[pictures] if pictures else None, return_tensors="pt", add_special_tokens=False
+        )
         chat_ids: Tensor = output["input_ids"][0]
-        vision = {key: output[key] for key in self.family.vision_keys if key in output}
+        vision = self.family.vision(output, pictures)
         input_ids = torch.cat([chat_ids, torch.tensor(self.latent_ids, dtype=torch.long)])
 
         roles = torch.full(input_ids.shape, int(Role.OTHER), dtype=torch.uint8)
@@ -134,7 +137,7 @@ class SequenceBuilder:
     def with_answer(self, prompt: Encoded, answer: str) -> Encoded:
         """A prompt continued by an answer and the end-of-turn token, all of it to be learned."""
         tokenizer = self.processor.tokenizer
-        learned = torch.tensor([*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id])
+        learned = torch.tensor([*tokenizer.encode(answer, add_special_tokens=False), self.family.end_of_turn()])
         input_ids = torch.cat([prompt.input_ids, learned])
         labels = torch.full(input_ids.shape, IGNORED)
         labels[len(prompt.input_ids) - 1 : -1] = learned

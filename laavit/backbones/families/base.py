@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -21,6 +22,8 @@ class Family:
 
     #: the processor's outputs that the vision tower reads
     vision_keys: tuple[str, ...] = ("pixel_values",)
+    #: what the geometry alone reads; kept with the vision tensors, never given to the model
+    geometry_keys: tuple[str, ...] = ()
     #: whether ``feature_inputs`` can hand image features over in place of pixels
     takes_features = False
     #: patches of the vision tower along each side of a token
@@ -29,6 +32,10 @@ class Family:
     def __init__(self, config: PreTrainedConfig, processor: Any) -> None:
         self.config, self.processor = config, processor
         self.image_token_id: int = config.image_token_id
+
+    def vision(self, output: Mapping[str, Any], images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The vision tensors of one sample: the processor's output, and what it does not tell about its images."""
+        return {key: output[key] for key in self.vision_keys if key in output}
 
     def spans(self, input_ids: Tensor, vision: Mapping[str, Tensor]) -> tuple[Span, ...]:
         """Image tokens of one sequence [S], one Span an image or tile, in the order of their positions.
@@ -54,6 +61,13 @@ class Family:
         keys = {key for item in vision for key in item}
         return {key: torch.cat([item[key] for item in vision if key in item]) for key in sorted(keys)}
 
+    def inputs(self, vision: Mapping[str, Tensor], features: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        """Forward arguments for a batch's vision tensors, or for features [N, D] a sample in place of its pixels."""
+        found = {key: value for key, value in vision.items() if key not in self.geometry_keys}
+        if features is None:
+            return found
+        return {key: value for key, value in found.items() if key != "pixel_values"} | self.feature_inputs(features)
+
     def text_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """What the model wants beside the token ids [B, S], for example which of them are image tokens."""
         return {}
@@ -65,6 +79,10 @@ class Family:
     def feature_inputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
         """Forward arguments that hand over cached features in place of pixels."""
         raise TypeError(f"{type(self).__name__} does not take cached image features")
+
+    def end_of_turn(self) -> int:
+        """The token that ends the assistant's turn."""
+        return int(self.processor.tokenizer.eos_token_id)
 
     def vision_tower(self, model: Any) -> nn.Module:
         raise TypeError(f"{type(self).__name__} must define vision_tower(model)")
