@@ -9,7 +9,8 @@ Two things are done beside plain attention, both without an S x S map:
   query -> key paths. Gated queries stand at the end of the sequence (question or answer), so the queries before the
   first gated one go through causal SDPA over their own prefix, and only the rest pays for an explicit mask of shape
   [B, 1, S - start, S].
-* **Rows** (Eq. 2 and 7): the softmax rows of chosen queries alone, O(R * S), averaged over heads where they arise.
+* **Rows** (Eq. 2 and 7): the softmax rows of chosen queries alone, O(R * S), averaged over heads, or over chosen (layer, head) pairs,
+  where they arise.
   Under non-re-entrant gradient checkpointing the layer runs twice; the first run's rows carry the gradient and stay.
 
 Shapes: ``B`` batch, ``S`` sequence, ``H`` heads, ``G`` query heads a key head, ``R`` recorded rows, ``D`` head width.
@@ -18,7 +19,7 @@ Shapes: ``B`` batch, ``S`` sequence, ``H`` heads, ``G`` query heads a key head, 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -64,7 +65,9 @@ class AttentionContext:
         layers: indices of the layers to record, negative ones count from the end (``num_layers`` is then needed);
             ``None`` records all.
         num_layers: the decoder's depth, to resolve negative layer indices.
-        heads: ``"mean"`` records [B, R, S] a layer, ``"each"`` records [B, H, R, S].
+        heads: ``"mean"`` records [B, R, S] a layer, ``"each"`` records [B, H, R, S]; or a selection, layer -> heads
+            (counted from 0), which names the layers too: [B, R, S] a layer, the mean over its selected heads, and
+            ``mean_rows`` is the mean over all selected (layer, head) pairs. Other heads' rows are never computed.
         merged: keep one running sum over the layers, for ``mean_rows``, in place of the rows of each (``recorded``
             stays empty): many rows of a deep decoder then cost the memory of one layer's.
     """
@@ -73,7 +76,7 @@ class AttentionContext:
     rows: Tensor | None = None
     layers: Collection[int] | None = None
     num_layers: int | None = None
-    heads: str = "mean"
+    heads: str | Mapping[int, Collection[int]] = "mean"
     merged: bool = False
     recorded: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _sum: Tensor | None = field(default=None, repr=False)
@@ -81,8 +84,15 @@ class AttentionContext:
     _masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.heads not in ("mean", "each"):
-            raise ValueError(f"heads is 'mean' or 'each', got {self.heads!r}")
+        if isinstance(self.heads, str) and self.heads not in ("mean", "each"):
+            raise ValueError(f"heads is 'mean', 'each' or a selection, got {self.heads!r}")
+        if not isinstance(self.heads, str):
+            if self.layers is not None:
+                raise ValueError("a selection of heads names its layers itself: leave layers out")
+            self.heads = {layer: tuple(sorted(set(chosen))) for layer, chosen in self.heads.items()}
+            if not all(chosen and chosen[0] >= 0 for chosen in self.heads.values()):
+                raise ValueError(f"a selection names at least one head a layer, counted from 0, got {self.heads}")
+            self.layers = self.heads
         self.paths = tuple(path for path in self.paths if path.bias != 0.0 and bool(path.queries.any()))
         # The one host synchronisation of a forward pass: where the first gated query of the batch stands.
         self.start = min((int(path.queries.any(0).float().argmax()) for path in self.paths), default=0)
@@ -98,19 +108,37 @@ class AttentionContext:
     def mean_rows(self) -> Tensor:
         """The rows averaged over the recorded layers (Eq. 2's mean over l and h): [B, R, S] or [B, H, R, S]."""
         if self._sum is not None:
-            return self._sum / len(self._summed)
+            return self._sum / sum(self._weight(layer) for layer in self._summed)
         if not self.recorded:
             raise RuntimeError("no attention rows were recorded: the decoder does not run the 'laavit' implementation")
+        if not isinstance(self.heads, str):
+            weighted = [rows * self._weight(layer) for layer, rows in self.recorded.items()]
+            return torch.stack(weighted).sum(0) / sum(self._weight(layer) for layer in self.recorded)
         return torch.stack(list(self.recorded.values())).mean(0)
 
     def wants(self, layer: int) -> bool:
         return self.rows is not None and (self.layers is None or layer in self.layers)
 
+    def chosen(self, layer: int, heads: int, device: torch.device) -> Tensor | None:
+        """The selected heads of a layer that has ``heads``, long; None where all are."""
+        if isinstance(self.heads, str):
+            return None
+        if self.heads[layer][-1] >= heads:  # type: ignore[index]
+            raise ValueError(f"head {self.heads[layer][-1]} is selected, and layer {layer} has {heads}")  # type: ignore[index]
+        return torch.tensor(self.heads[layer], device=device)
+
+    def _weight(self, layer: int) -> int:
+        """How many (layer, head) pairs a layer's rows stand for, against other layers."""
+        return 1 if isinstance(self.heads, str) else len(self.heads[layer])
+
     def record(self, layer: int, weights: Tensor) -> None:
         """Keep a layer's rows [B, H, R, S]; of a layer that runs again under checkpointing the first ones stay."""
         if layer in self.recorded or layer in self._summed:
             return
-        rows = weights.mean(1) if self.heads == "mean" else weights
+        if self.merged and not isinstance(self.heads, str):
+            rows = weights.sum(1)  # the pairs count alike, however many heads a layer has among them
+        else:
+            rows = weights if self.heads == "each" else weights.mean(1)
         if not self.merged:
             self.recorded[layer] = rows
             return
@@ -245,7 +273,15 @@ def laavit_attention(
         rows = laavit.rows.clamp(min=0)
         factor = scaling if scaling is not None else query.shape[-1] ** -0.5
         bias = laavit.bias_at(rows, torch.promote_types(query.dtype, torch.float32))
-        weights = attention_rows(query, key, rows, attention_mask, bias, factor)
+        heads = laavit.chosen(layer, query.shape[1], query.device)
+        if heads is None:
+            weights = attention_rows(query, key, rows, attention_mask, bias, factor)
+        else:
+            ours = key[:, heads // (query.shape[1] // key.shape[1])]
+            mask = attention_mask
+            if mask is not None and mask.shape[1] > 1:
+                mask = mask[:, heads]
+            weights = attention_rows(query[:, heads], ours, rows, mask, bias, factor)
         # A recomputed layer must save the same tensors, so the rows are always computed; the first ones are kept.
         laavit.record(layer, weights)
     if not laavit.paths:
@@ -258,8 +294,10 @@ def laavit_attention(
     after = gated_suffix(last, key, value, suffix, scaling, dropout) if shared else plain(last, key, value, suffix)
     if start == 0:
         return after, None
-    prefix = attention_mask[:, :, :start, :start] if attention_mask is not None else None
-    before = plain(query[:, :, :start], key[:, :, :start], value[:, :, :start], prefix)
+    if attention_mask is None:
+        before = plain(query[:, :, :start], key[:, :, :start], value[:, :, :start], None)
+    else:  # a mask may let queries look ahead (Gemma 3's image tokens see all of their image), past ``start`` too
+        before = plain(query[:, :, :start], key, value, attention_mask[:, :, :start])
     return torch.cat([before, after], dim=1), None
 
 

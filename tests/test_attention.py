@@ -96,6 +96,22 @@ def test_a_given_mask_is_kept() -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_a_mask_may_look_ahead_across_the_first_gated_query() -> None:
+    """Gemma 3's image tokens see all of their image: in the other sample of a batch it may end after the gate begins."""
+    query, key, value = inputs()
+    queries, keys = masks()
+    queries[1] = False  # the first sample's gate begins at 7, the second's image lies around it
+    allowed = torch.ones(11, 11, dtype=torch.bool).tril().expand(2, 1, 11, 11).clone()
+    allowed[1, :, 3:10, 3:10] = True
+    full = torch.zeros(2, 4, 11, 11, dtype=torch.float64).masked_fill(~allowed, -math.inf)
+    full[0, :, 7:, 1:5] += -2.0
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5 + full
+    expected = (scores.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    context = AttentionContext(paths=(GatePath(queries, keys, -2.0),))
+    got, _ = laavit_attention(Layer(), query, key, value, allowed, scaling=8**-0.5, laavit=context)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_open_gate_is_bit_identical_to_no_context() -> None:
     query, key, value = inputs()
     queries, keys = masks()
