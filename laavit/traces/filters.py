@@ -1,106 +1,41 @@
 """The three filters of LaViT-SFT-15K (arXiv 2601.10129): correctness, difficulty, alignment.
 
 A filter is called with a sample and its trace and answers ``(verdict, score)``: whether the sample is kept, and the
-figure behind it. Verdicts become columns of the trace store; nothing is deleted, a recipe selects.
+figure behind it. Verdicts become columns of the trace store (``judging.py``); nothing is deleted, a recipe selects.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from laavit.registry import FILTERS, UserError
 from laavit.structures import Sample, Trace
 from laavit.traces.gaze import top_k
 from laavit.traces.grids import in_box_mass, sample_mask
+from laavit.traces.judges import Judge, Question, build_judge
+from laavit.traces.matching import match_score
 from laavit.traces.store import TraceStore
 
+#: How maps may be stored for shares of them to be shares of the attention (``extract.normalisation``).
+TRUE_SHARES = ("none", "distribution")
+
+#: A filter may also have ``check(store)``, which refuses a store that it cannot judge before the work begins, and
+#: ``many(pairs)``, which judges several at once and may add notes.
 Filter = Callable[[Sample, Trace], tuple[bool, float]]
 
-_COUNTS = """zero one two three four five six seven eight nine ten
-eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"""
-_NUMBERS = {word: str(value) for value, word in enumerate(_COUNTS.split())}
-_NUMBER = re.compile(r"([$€£]?)\s*([+-]?\d+(?:\.\d+)?)\s*(%?)")
-_OPTION = re.compile(r"(?:(?<=\s)|^)(?:\(([A-Z])\)|([A-Z])[.):])\s*(.+?)(?=\s+(?:\([A-Z]\)|[A-Z][.):])\s|\s*$)", re.S)
-_LETTER = re.compile(r"\(?([A-Z])\)?[.:)]?", re.I)
-_SAID = re.compile(
-    r"\b(?i:answer|option|choice)(?i:\s+is|\s+would be)?\s*:?\s*(?i:option\s+)?(?:\(([A-Z])\)|([A-Z])(?![\w']))"
-)
 
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict with its figure, and further columns: what is noted as ``NAME.note`` beside the filter's own column."""
 
-def words(text: str) -> list[str]:
-    """An answer as comparable words: lower case, no articles or end punctuation, numbers as digits."""
-    text = unicodedata.normalize("NFKC", text).casefold().strip()
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)  # 1,000 -> 1000
-    parts = [part.strip(".,;:!?\"'`()[]{}") or part for part in re.split(r"[\s/]+", text) if part]
-    return [_NUMBERS.get(part, part) for part in parts if part not in ("a", "an", "the", ".", ",")]
-
-
-def options(question: str) -> dict[str, str]:
-    """The lettered options that a question offers, "(A) red (B) blue" or "A. red": letter -> text."""
-    found = {bracketed or plain: text.strip() for bracketed, plain, text in _OPTION.findall(question)}
-    # Only an unbroken run from A is a list of options; "Plan B: ..." is not.
-    return found if len(found) >= 2 and sorted(found) == [chr(65 + place) for place in range(len(found))] else {}
-
-
-def chosen_option(answer: str, offered: Mapping[str, str]) -> str | None:
-    """The offered letter that an answer settles on, or ``None``: never a guess from a stray letter."""
-    text = answer.strip()
-    if (alone := _LETTER.fullmatch(text)) and alone[1].upper() in offered:
-        return alone[1].upper()
-    said = [bracketed or plain for bracketed, plain in _SAID.findall(text)]
-    if said:
-        return said[-1] if said[-1] in offered else None
-    spelled = words(text)
-    for letter, option in offered.items():
-        if spelled in (words(option), [letter.lower(), *words(option)]):
-            return letter
-    return None
-
-
-def _number(parts: Sequence[str]) -> tuple[float, str] | None:
-    found = _NUMBER.fullmatch(" ".join(parts))
-    return (float(found[2]), found[1] + found[3]) if found else None
-
-
-def match_score(prediction: str, target: str, question: str = "") -> float:
-    """How well a free-form answer matches the ground truth, in [0, 1]; 1 is a match.
-
-    In this order: offered options by letter or text; numbers by value ("3.0" = "three", "1,000" = "1000"; a unit
-    sign must not differ where both give one); yes and no by the first word; else ROUGE-L's F1 over ``words``, which is
-    1 exactly where the words are equal in order.
-    """
-    offered = options(question)
-    if offered and (wanted := chosen_option(target, offered)):
-        return float(chosen_option(prediction, offered) == wanted)
-    said, wanted_words = words(prediction), words(target)
-    if not said or not wanted_words:
-        return float(said == wanted_words and prediction.strip() == target.strip())
-    if wanted_number := _number(wanted_words):
-        number = _number(said)
-        if number is None:
-            return 0.0
-        units = {unit for unit in (number[1], wanted_number[1]) if unit}
-        return float(math.isclose(number[0], wanted_number[0], rel_tol=1e-9) and len(units) < 2)
-    if wanted_words in (["yes"], ["no"]):
-        return float(said[0] == wanted_words[0])
-    common = _longest_common(said, wanted_words)
-    return 2 * common / (len(said) + len(wanted_words))
-
-
-def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(second) + 1)
-    for word in first:
-        before = 0
-        for place, other in enumerate(second, 1):
-            row[place], before = (before + 1 if word == other else max(row[place], row[place - 1])), row[place]
-    return row[-1]
+    verdict: bool
+    score: float
+    notes: Mapping[str, tuple[bool, float]] = field(default_factory=dict)
 
 
 @FILTERS.register_module()
@@ -109,34 +44,77 @@ class CorrectnessFilter:
 
     Args:
         minimum: the score that counts as correct. 1 asks for equal answers; lower it where answers are sentences.
+        judge: asked about answers that do not match (a score below 1): a name in registry/judges, or
+            dict(name='lm', path=...). Its own verdicts and figures become the column NAME.judge, where an answer that
+            it was not asked about has the score NaN.
     """
 
-    def __init__(self, minimum: float = 1.0) -> None:
+    def __init__(self, minimum: float = 1.0, judge: str | dict[str, Any] | None = None) -> None:
         self.minimum = _share(minimum)
+        self.judge: Judge | None = None if judge is None else build_judge(judge)
 
     def __call__(self, sample: Sample, trace: Trace) -> tuple[bool, float]:
-        score = match_score(trace.answer, sample.answer, sample.question)
-        return score >= self.minimum, score
+        judgement = self.many([(sample, trace)])[0]
+        return judgement.verdict, judgement.score
+
+    def many(self, pairs: Sequence[tuple[Sample, Trace]]) -> list[Judgement]:
+        """Judge several; the judge sees the unmatched ones together."""
+        scores = [match_score(trace.answer, sample.answer, sample.question) for sample, trace in pairs]
+        if self.judge is None:
+            return [Judgement(score >= self.minimum, score) for score in scores]
+        open_ = [i for i, score in enumerate(scores) if score < 1]
+        questions = [Question(pairs[i][0].question, pairs[i][0].answer, pairs[i][1].answer) for i in open_]
+        said = dict(zip(open_, self.judge(questions) if questions else [], strict=True))
+        judgements = []
+        for i, score in enumerate(scores):
+            verdict, figure = said.get(i, (True, math.nan))
+            judgements.append(Judgement(score >= self.minimum or verdict, score, {"judge": (verdict, figure)}))
+        return judgements
 
 
 @FILTERS.register_module()
 class AlignmentFilter:
     """Keep samples with at least ``minimum`` of the gaze inside the ground-truth boxes; the score is that share.
 
+    The paper's share is of the whole aggregated attention, so the stored maps must be raw and whole: a store that keeps
+    the k strongest tokens alone, or scaled maps, is refused unless ``top_k`` or ``any_scale`` says that this is meant.
+
     Args:
         minimum: the paper's 0.2.
         top_k: sparsify the map first; ``None`` takes it as stored.
         without_boxes: what becomes of a sample that has no boxes: 'fail', 'pass' (score NaN both) or 'error'.
+        any_scale: take maps that the extraction has normalised for what they are.
     """
 
     def __init__(
-        self, minimum: float = 0.2, top_k: int | None = None, without_boxes: Literal["fail", "pass", "error"] = "fail"
+        self,
+        minimum: float = 0.2,
+        top_k: int | None = None,
+        without_boxes: Literal["fail", "pass", "error"] = "fail",
+        any_scale: bool = False,
     ) -> None:
         if without_boxes not in ("fail", "pass", "error"):
             raise UserError(f"without_boxes is {without_boxes!r}; allowed: fail, pass, error")
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k is at least 1 or none, got {top_k}")
         self.minimum, self.top_k, self.without_boxes = _share(minimum), top_k, without_boxes
+        self.any_scale = any_scale
+
+    def check(self, store: TraceStore) -> None:
+        """Refuse maps whose share in the boxes would be another figure than the one that is asked for."""
+        kept = store.header.get("gaze_top_k")
+        if kept is not None and (self.top_k is None or self.top_k > kept):
+            raise UserError(
+                f"the store '{store.path}' keeps the {kept} strongest tokens of a map, whose share in the boxes is not "
+                f"that of the whole gaze; judge the {kept} with the filter's top_k={kept}, or extract with "
+                "extract.gaze_top_k null"
+            )
+        scale = store.header.get("settings", {}).get("normalisation", "none")
+        if scale not in TRUE_SHARES and not self.any_scale:
+            raise UserError(
+                f"the store '{store.path}' holds maps normalised by '{scale}', whose share in the boxes is not that of "
+                "the attention; extract with extract.normalisation none, or set the filter's any_scale"
+            )
 
     def __call__(self, sample: Sample, trace: Trace) -> tuple[bool, float]:
         if not sample.boxes:
@@ -155,21 +133,36 @@ class AlignmentFilter:
 
 @FILTERS.register_module()
 class DifficultyFilter:
-    """Keep what a text-only model does not answer; the score is that model's ``match_score``.
+    """Keep what is not answered without the image; the score is the blind answer's ``match_score``.
 
     Args:
-        answers: sample id -> the answer given without the image, or the path of a JSON file with that object.
+        answers: None takes the blind answers that the extraction has recorded (``extract.blind``). Or sample id -> the
+            answer given without the image, or the path of a JSON file with that object.
         minimum: the score that counts as answered without the image.
     """
 
-    def __init__(self, answers: dict[str, str] | str, minimum: float = 1.0) -> None:
+    def __init__(self, answers: dict[str, str] | str | None = None, minimum: float = 1.0) -> None:
         self.minimum = _share(minimum)
-        self.answers: Mapping[str, str] = _read_answers(Path(answers)) if isinstance(answers, str) else answers
+        self.answers: Mapping[str, str] | None = _read_answers(Path(answers)) if isinstance(answers, str) else answers
+
+    def check(self, store: TraceStore) -> None:
+        """Refuse a store without blind answers, or answers that do not cover the store."""
+        if self.answers is None:
+            if store.header.get("settings", {}).get("blind") is None:
+                raise UserError(
+                    f"the store '{store.path}' holds no answers given without the image: extract with extract.blind "
+                    "(teacher, or a text-only model), or give the difficulty filter's 'answers', a JSON file"
+                )
+            return
+        missing = [key for key in store.ids if key not in self.answers]
+        if missing:
+            raise UserError(f"there is no text-only answer to sample '{missing[0]}' ({len(missing)} missing in all)")
 
     def __call__(self, sample: Sample, trace: Trace) -> tuple[bool, float]:
-        if sample.id not in self.answers:
+        answer = trace.blind_answer if self.answers is None else self.answers.get(sample.id)
+        if answer is None:
             raise UserError(f"there is no text-only answer to sample '{sample.id}'")
-        score = match_score(self.answers[sample.id], sample.answer, sample.question)
+        score = match_score(answer, sample.answer, sample.question)
         return score < self.minimum, score
 
 
@@ -189,14 +182,3 @@ def _share(value: float) -> float:
     if not 0 <= value <= 1:
         raise UserError(f"minimum is a share between 0 and 1, got {value}")
     return float(value)
-
-
-def judge(store: TraceStore, samples: Iterable[Sample], name: str, judgement: Filter) -> int:
-    """Run one filter over all traces of a store and write its column; returns how many samples pass.
-
-    Samples without a trace are left out; a trace without its sample is a ``UserError``.
-    """
-    results = {sample.id: judgement(sample, store.get(sample.id)) for sample in samples if sample.id in store}
-    verdicts = {key: verdict for key, (verdict, _) in results.items()}
-    store.write_verdicts(name, verdicts, {key: score for key, (_, score) in results.items()})
-    return sum(verdicts.values())

@@ -9,97 +9,25 @@ import torch
 
 from laavit.registry import FILTERS, UserError
 from laavit.structures import Box, Sample, Tile, Trace
-from laavit.traces.filters import (
-    AlignmentFilter,
-    CorrectnessFilter,
-    DifficultyFilter,
-    chosen_option,
-    judge,
-    match_score,
-    options,
-)
+from laavit.traces.filters import AlignmentFilter, CorrectnessFilter, DifficultyFilter
+from laavit.traces.judges import Question
+from laavit.traces.judging import judge, judge_all, settings_of
 from laavit.traces.store import TraceStore, TraceWriter
-
-OPTIONS = "Which colour is it?\n(A) red\n(B) dark blue\n(C) 3"
 
 
 def sample(answer="blue", question="What colour?", boxes=(), key="1"):
     return Sample(key, (Path("a.png"),), question, answer, tuple(boxes))
 
 
-def trace(answer="blue", gaze=(1.0, 0.0, 0.0, 1.0), grids=((2, 2),), key="1"):
-    return Trace(
-        key, answer, tuple(Tile(*grid, i) for i, grid in enumerate(grids)), torch.tensor(gaze), torch.ones(3), 0.5
-    )
+def trace(answer="blue", gaze=(1.0, 0.0, 0.0, 1.0), grids=((2, 2),), key="1", blind=None):
+    tiles = tuple(Tile(*grid, i) for i, grid in enumerate(grids))
+    return Trace(key, answer, tiles, torch.tensor(gaze), torch.ones(3), 0.5, blind_answer=blind)
 
 
-@pytest.mark.parametrize(
-    ("prediction", "target", "question"),
-    [
-        ("Blue.", "blue", ""),
-        ("the Blue", " blue ", ""),
-        ("three", "3", ""),
-        ("3.0", "3", ""),
-        ("1,000", "1000", ""),
-        ("$5", "5", ""),
-        ("12%", "12 %", ""),
-        ("-4", "-4.0", ""),
-        ("Yes, it is.", "yes", ""),
-        ("No", "no.", ""),
-        ("dark-blue", "Dark-Blue!", ""),
-        ("ＡＢＣ", "abc", ""),
-        ("New  York", "new york", ""),
-        ("B", "dark blue", OPTIONS),
-        ("(B) dark blue", "B", OPTIONS),
-        ("b.", "(B)", OPTIONS),
-        ("dark blue", "B", OPTIONS),
-        ("(A) is wrong, so the answer is B", "B", OPTIONS),
-        ("Answer: (B)", "B", OPTIONS),
-        ("C", "three", OPTIONS),
-        ("B. cat", "B", "Pick: A. dog B. cat"),
-    ],
-)
-def test_matches(prediction, target, question):
-    assert match_score(prediction, target, question) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("prediction", "target", "question"),
-    [
-        ("red", "blue", ""),
-        ("", "blue", ""),
-        ("13", "3", ""),
-        ("3 or 4", "3", ""),
-        ("$5", "5%", ""),
-        ("3.01", "3", ""),
-        ("three dogs", "3", ""),
-        ("It is, yes", "no", ""),
-        ("nothing", "no", ""),
-        ("not blue", "blue", ""),
-        ("dog left of cat", "cat left of dog", ""),
-        ("A", "B", OPTIONS),
-        ("(A) is wrong, so the answer is B", "A", OPTIONS),
-        ("A cat is in the image", "A", OPTIONS),
-        ("The image shows a cat.", "A", OPTIONS),
-        ("D", "B", OPTIONS),
-        ("The answer is D", "B", OPTIONS),
-        ("blue", "B", OPTIONS),
-    ],
-)
-def test_no_matches(prediction, target, question):
-    assert match_score(prediction, target, question) < 1.0
-
-
-def test_scores_between():
-    assert match_score("dark blue shorts", "blue shorts") == pytest.approx(2 * 2 / 5)
-    assert match_score("red", "blue") == 0.0
-
-
-def test_options_need_a_run_from_a():
-    assert options(OPTIONS) == {"A": "red", "B": "dark blue", "C": "3"}
-    assert options("A. dog B. cat") == {"A": "dog", "B": "cat"}
-    assert options("Plan B: what is shown?") == {} and options("What is it?") == {}
-    assert chosen_option("an apple", {"A": "red", "B": "blue"}) is None
+def stored(folder, traces, **header):
+    with TraceWriter(folder, header) as writer:
+        writer.extend(traces)
+    return TraceStore(folder)
 
 
 def test_correctness():
@@ -150,6 +78,83 @@ def test_difficulty_drops_what_needs_no_image(tmp_path):
             DifficultyFilter(str(file))
     with pytest.raises(UserError, match="cannot be read"):
         DifficultyFilter(str(tmp_path / "none.json"))
+
+
+def test_difficulty_by_the_recorded_blind_answer(tmp_path):
+    judgement = DifficultyFilter()
+    assert judgement(sample(), trace(blind="Blue.")) == (False, 1.0)
+    assert judgement(sample(), trace(blind="red")) == (True, 0.0)
+    with pytest.raises(UserError, match="no text-only answer to sample '1'"):
+        judgement(sample(), trace())
+    with pytest.raises(UserError, match=r"holds no answers given without the image.*extract\.blind"):
+        judge(stored(tmp_path / "a", [trace()]), unread(), "difficulty", judgement)
+
+
+def unread():
+    """Samples that must not be looked at: what is wrong is said before."""
+    raise AssertionError("judging has begun")
+    yield
+
+
+def test_what_a_store_cannot_tell_is_refused_before_judging(tmp_path):
+    few = stored(tmp_path / "few", [trace()], gaze_top_k=2)
+    with pytest.raises(UserError, match=r"keeps the 2 strongest tokens.*top_k=2"):
+        judge(few, unread(), "alignment", AlignmentFilter())
+    with pytest.raises(UserError, match="keeps the 2 strongest"):
+        judge(few, unread(), "alignment", AlignmentFilter(top_k=3))
+    assert judge(few, [sample(boxes=[Box(0, 0, 0.5, 0.5)])], "alignment", AlignmentFilter(top_k=2)) == 1
+    for scale, fine in (("none", True), ("distribution", True), ("minmax", False), ("rows", False)):
+        store = stored(tmp_path / scale, [trace()], settings={"normalisation": scale})
+        if fine:
+            judge(store, [sample()], "alignment", AlignmentFilter())
+            continue
+        with pytest.raises(UserError, match=f"normalised by '{scale}'"):
+            judge(store, unread(), "alignment", AlignmentFilter())
+        judge(store, [sample()], "alignment", AlignmentFilter(any_scale=True))
+    with pytest.raises(UserError, match=r"sample '1' \(1 missing"):
+        judge(stored(tmp_path / "b", [trace()]), unread(), "difficulty", DifficultyFilter({"2": "x"}))
+
+
+class Agreeing:
+    """A judge that takes an answer for right where it begins with the right letter."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, questions):
+        self.asked += questions
+        return [(q.answer[0] == q.target[0], 0.9 if q.answer[0] == q.target[0] else 0.1) for q in questions]
+
+
+def test_the_judge_sees_only_what_does_not_match_and_is_noted(tmp_path):
+    judgement = CorrectnessFilter()
+    judgement.judge = Agreeing()
+    store = stored(tmp_path, [trace("Blue", key="1"), trace("bluish", key="2"), trace("red", key="3")])
+    samples = [sample(key=key) for key in "123"]
+    assert judge_all(store, samples, {"correctness": judgement}, {"correctness": {"type": "X"}}) == {"correctness": 2}
+    assert judgement.judge.asked == [Question("What colour?", "blue", a) for a in ("bluish", "red")]
+    again = TraceStore(tmp_path)
+    assert again.verdicts()["correctness"] == {"1": True, "2": True, "3": False}
+    assert again.scores("correctness") == {"1": 1.0, "2": 0.0, "3": 0.0}
+    noted = again.scores("correctness.judge")
+    assert math.isnan(noted.pop("1")) and noted == {"2": 0.9, "3": 0.1}
+    assert again.verdicts()["correctness.judge"] == {"1": True, "2": True, "3": False}
+    assert settings_of(again, "correctness") == settings_of(again, "correctness.judge") == {"type": "X"}
+    assert settings_of(again, "other") == {}
+
+
+def test_judges_are_checked_when_the_filter_is_built():
+    with pytest.raises(UserError, match=r"no judge is called 'ml'.*did you mean 'lm'"):
+        CorrectnessFilter(judge="ml")
+    with pytest.raises(UserError, match=r"judge\.paths: LMJudge takes no 'paths'.*'path'"):
+        CorrectnessFilter(judge={"name": "lm", "paths": "x"})
+    with pytest.raises(UserError, match="judge"):
+        CorrectnessFilter(judge={"name": "lm"})
+
+
+def test_a_sample_twice_is_refused(tmp_path):
+    with pytest.raises(UserError, match="sample '1' twice"):
+        judge(stored(tmp_path, [trace()]), [sample(), sample()], "correctness", CorrectnessFilter())
 
 
 def test_registered_and_written_as_columns(tmp_path):
