@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from laavit.images import open_image
 from laavit.latents import latent_tokens
 from laavit.registry import SETTINGS, UserError
-from laavit.structures import Encoded, Role, Sample
+from laavit.structures import Encoded, Role, Sample, Span
 
 IGNORED = -100
 #: stands for a question while its place in the prompt is looked for; private characters that no text holds
@@ -49,26 +50,31 @@ class PromptSettings:
             raise UserError(f"prompt.order: got '{self.order}'; allowed: {', '.join(ORDERS)}")
 
 
-def open_image(path: Any) -> Image.Image:
-    """An RGB image, upright as its EXIF data say.
+def messages(sample: Sample, prompt: PromptSettings, placeholder: str = "") -> list[dict[str, Any]]:
+    """The chat of one sample, without the answer, in transformers' message format.
 
-    Raises:
-        UserError: the file is missing or is no readable image.
+    Args:
+        placeholder: the images' placeholder, to be written into the text after the question (for templates that put
+            every image first); empty leaves the images to the template.
     """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"the image '{path}' cannot be read: {error}") from None
-
-
-def messages(sample: Sample, prompt: PromptSettings) -> list[dict[str, Any]]:
-    """The chat of one sample, without the answer, in transformers' message format."""
     pictures: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
-    text = [{"type": "text", "text": sample.question + prompt.suffix}]
+    text: list[dict[str, Any]] = [{"type": "text", "text": sample.question + prompt.suffix}]
     content = pictures + text if prompt.order == "image_first" else text + pictures
+    if placeholder:
+        written = "".join("\n" + placeholder for _ in sample.images)
+        content = [{"type": "text", "text": sample.question + prompt.suffix + written}]
     system = [{"role": "system", "content": [{"type": "text", "text": prompt.system}]}] if prompt.system else []
     return [*system, {"role": "user", "content": content}]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A prompt as text, images not yet expanded. question: where its words stand, (start, stop) in characters.
+    header: characters of the assistant's header, at the end."""
+
+    text: str
+    question: tuple[int, int]
+    header: int
 
 
 class SequenceBuilder:
@@ -99,45 +105,46 @@ class SequenceBuilder:
             sample: image paths and question. images: already opened images, in place of the sample's paths.
 
         Raises:
-            UserError: a broken image.
+            UserError: a broken image, one that the processor refuses, or a question without words or with a
+                placeholder of images in it.
         """
         pictures = list(images) if images is not None else [open_image(path) for path in sample.images]
-        chat = messages(sample, self.prompt)
-        open_turn = self.processor.apply_chat_template(chat, add_generation_prompt=False, tokenize=False)
-        text = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        text = text.removesuffix("".join(latent_tokens(self.latents)))  # an exported template writes them itself
-        # The template writes every special token; a tokenizer that adds its own would double the first one.
-        output = self.processor(
-            text=[text], images=[pictures] if pictures else None, return_tensors="pt", add_special_tokens=False
-        )
-        chat_ids: Tensor = output["input_ids"][0]
-        vision = self.family.vision(output, pictures)
+        layout = self._layout(sample)
+        chat_ids, offsets, vision, spans = self._processed(sample, layout.text, pictures)
         input_ids = torch.cat([chat_ids, torch.tensor(self.latent_ids, dtype=torch.long)])
+        starts, stops = offsets.unbind(1)
+        real = stops > starts  # a first token that the tokenizer adds by itself covers no text
 
+        def covering(begin: int, end: int) -> tuple[int, int]:
+            inside = (real & (stops > begin) & (starts < end)).nonzero().flatten().tolist()
+            return inside[0], inside[-1] + 1
+
+        # The processor writes many tokens for a placeholder: what stands after the images moves by the difference.
+        length = int(stops.max())
+        shift = length - len(layout.text) if self.prompt.order == "image_first" else 0
+        begin, end = covering(layout.question[0] + shift, layout.question[1] + shift)
         roles = torch.full(input_ids.shape, int(Role.OTHER), dtype=torch.uint8)
-        spans = self.family.spans(input_ids, vision)
-        begin, end = self._question(sample, text, len(chat_ids))
         roles[begin:end] = Role.QUESTION
         for span in spans:
             roles[span.positions()] = Role.IMAGE
         roles[len(chat_ids) : len(chat_ids) + self.latents] = Role.LATENT
         roles[len(chat_ids) + self.latents :] = Role.ANSWER
-        tail = self.processor.tokenizer.encode(text[len(open_turn) :], add_special_tokens=False)
         return Encoded(
             input_ids=input_ids,
             roles=roles,
             labels=torch.full(input_ids.shape, IGNORED),
             spans=spans,
             position_ids=self.family.positions(input_ids, vision),
-            header=(len(chat_ids) - len(tail), len(chat_ids)),
+            header=covering(length - layout.header, length) if layout.header else (len(chat_ids), len(chat_ids)),
             vision=vision,
             sample=sample,
         )
 
     def with_answer(self, prompt: Encoded, answer: str) -> Encoded:
         """A prompt continued by an answer and the end-of-turn token, all of it to be learned."""
-        tokenizer = self.processor.tokenizer
-        learned = torch.tensor([*tokenizer.encode(answer, add_special_tokens=False), self.family.end_of_turn()])
+        text = self.family.answer_frame[0] + answer
+        words = self.processor.tokenizer.encode(text, add_special_tokens=False)
+        learned = torch.tensor([*words, self.family.end_of_turn()])
         input_ids = torch.cat([prompt.input_ids, learned])
         labels = torch.full(input_ids.shape, IGNORED)
         labels[len(prompt.input_ids) - 1 : -1] = learned

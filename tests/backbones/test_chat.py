@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image
 
 from laavit.backbones import Backbone, PromptSettings, collate
-from laavit.backbones.chat import IGNORED, open_image
+from laavit.backbones.chat import IGNORED
 from laavit.commands.export import exported_template
 from laavit.latents import latent_tokens
 from laavit.registry import UserError
@@ -114,23 +114,3 @@ def test_collate_pads_to_the_right(backbone: Backbone, samples: list[Sample]) ->
 def test_latents_that_the_tokenizer_does_not_hold_are_named(lab: Any) -> None:
     with pytest.raises(UserError, match=r"does not hold <\|latent_1\|>.*add the latents"):
         Backbone.load(str(lab.folder)).builder(SYSTEM, 2)
-
-
-def test_a_broken_image_is_one_sentence(tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # lmms-eval sets it for the whole process
-    (tmp_path / "text.png").write_text("no image")
-    whole = pictures[1].read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    for name in ("text.png", "cut.png", "missing.png"):
-        with pytest.raises(UserError, match=rf"the image '.*{name}' cannot be read") as caught:
-            open_image(tmp_path / name)
-        assert "\n" not in str(caught.value)
-
-
-def test_images_are_turned_upright_and_become_rgb(tmp_path: Path) -> None:
-    picture = Image.new("L", (40, 20))
-    exif = picture.getexif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    opened = open_image(tmp_path / "turned.jpg")
-    assert opened.size == (20, 40) and opened.mode == "RGB"
