@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,11 @@ class Backbone:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @cached_property
+    def stops(self) -> list[int]:
+        """Ids of the tokens that end an answer."""
+        return sorted({self.tokenizer.eos_token_id, self.family.end_of_turn()})
+
     def builder(self, prompt: PromptSettings, latents: int = 0) -> SequenceBuilder:
         return SequenceBuilder(self.processor, self.family, prompt, latents)
 
@@ -146,8 +152,7 @@ class Backbone:
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         out = self.model.generate(  # type: ignore[operator]
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=repetition_penalty,
-            temperature=None, top_p=None, top_k=None, pad_token_id=pad,
-            eos_token_id=sorted({self.tokenizer.eos_token_id, self.family.end_of_turn()}),
+            temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=self.stops,
         )  # fmt: skip
         return [t.strip() for t in self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
 

@@ -160,21 +160,56 @@ class SequenceBuilder:
         """One sample with its answer, for training: ``with_answer(prompt_of(sample), answer)``."""
         return self.with_answer(self.prompt_of(sample), answer)
 
-    def _question(self, sample: Sample, text: str, length: int) -> tuple[int, int]:
-        """Positions of the question's own tokens, (start, stop).
+    def _layout(self, sample: Sample) -> _Layout:
+        """The prompt's text, and where the question stands in it.
 
-        The text before the image (question first) or after it (image first) is tokenised the same whether the image's
-        placeholder is expanded or not, so the question is counted from that end of the prompt.
+        Raises:
+            UserError: the question has no words, holds the placeholder of an image, or the template changes it.
         """
         question = sample.question + self.prompt.suffix
+        if not question.strip():
+            raise UserError(f"sample '{sample.id}': the question is empty")
+        if self.family.placeholder in question:
+            raise UserError(f"sample '{sample.id}': the question holds '{self.family.placeholder}', an image's place")
+        chat, marked = (messages(s, self.prompt) for s in (sample, replace(sample, question=MARK)))
         # Its place is found with a mark: the words of a question can stand elsewhere in the prompt, too.
-        marked = messages(replace(sample, question=MARK), self.prompt)
-        begin = self.processor.apply_chat_template(marked, add_generation_prompt=True, tokenize=False).find(MARK)
-        if begin < 0 or not text.startswith(question, begin):
-            raise UserError(f"sample '{sample.id}': the chat template changed the question '{question[:80]}'")
-        encoding = self.processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        offsets = encoding["offset_mapping"]
-        inside = [i for i, (a, b) in enumerate(offsets) if b > begin and a < begin + len(question) and b > a]
-        if self.prompt.order == "question_first":
-            return inside[0], inside[-1] + 1
-        return length - (len(offsets) - inside[0]), length - (len(offsets) - inside[-1] - 1)
+        begin, image = (self._text(marked).find(part) for part in (MARK, self.family.placeholder))
+        if self.prompt.order == "question_first" and 0 <= image < begin:  # a template that puts every image first
+            inline = self.family.placeholder
+            chat, marked = (messages(s, self.prompt, inline) for s in (sample, replace(sample, question=MARK)))
+            begin = self._text(marked).find(MARK)
+        text, header = self._text(chat), self._text(chat, open_turn=True)
+        for words in (question, question.strip()):  # some templates strip what they are given
+            if begin >= 0 and text.startswith(words, begin):
+                return _Layout(text, (begin, begin + len(words)), len(text) - len(header))
+        raise UserError(f"sample '{sample.id}': the chat template changed the question '{question[:80]}'")
+
+    def _text(self, chat: list[dict[str, Any]], open_turn: bool = False) -> str:
+        """A chat as text, with the assistant's header unless the turn is left open."""
+        text: str = self.processor.apply_chat_template(chat, add_generation_prompt=not open_turn, tokenize=False)
+        return text.removesuffix("".join(latent_tokens(self.latents)))  # an exported template writes them itself
+
+    def _processed(
+        self, sample: Sample, text: str, pictures: Sequence[Image.Image]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], tuple[Span, ...]]:
+        """Token ids [S], their characters [S, 2] in the expanded text, the tower's inputs, and the image tokens.
+
+        Raises:
+            UserError: the processor refuses an image.
+        """
+        bos = self.processor.tokenizer.bos_token
+        # A template that writes the first token itself must not get a second one from the tokenizer.
+        own = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        try:
+            output = self.processor(
+                text=[text],
+                images=[list(pictures)] if pictures else None,
+                return_tensors="pt",
+                return_offsets_mapping=True,
+                **own,
+            )
+            input_ids: Tensor = output["input_ids"][0]
+            vision = self.family.vision(output, pictures) if pictures else {}
+            return input_ids, output["offset_mapping"][0], vision, self.family.spans(input_ids, vision)
+        except ValueError as error:
+            raise UserError(f"sample '{sample.id}': the processor refuses it: {error}") from None

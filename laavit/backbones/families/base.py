@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from laavit.structures import Span
+
+#: stands for an answer while its frame in a chat is looked for; private characters that no text holds
+ANSWER = "\ue002answer\ue003"
 
 
 class Family:
@@ -32,9 +36,14 @@ class Family:
     def __init__(self, config: PreTrainedConfig, processor: Any) -> None:
         self.config, self.processor = config, processor
         self.image_token_id: int = config.image_token_id
+        #: what stands for one image in a prompt's text before the processor expands it
+        self.placeholder: str = processor.image_token
 
     def vision(self, output: Mapping[str, Any], images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """The vision tensors of one sample: the processor's output, and what it does not tell about its images."""
+        """The vision tensors of one sample: the processor's output, and what it does not tell about its images.
+
+        ``batch`` joins them with other samples' along their first dimension.
+        """
         return {key: output[key] for key in self.vision_keys if key in output}
 
     def spans(self, input_ids: Tensor, vision: Mapping[str, Tensor]) -> tuple[Span, ...]:
@@ -57,7 +66,7 @@ class Family:
         return torch.cat([positions, more.expand(*positions.shape[:-1], -1)], dim=-1)
 
     def batch(self, vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Vision tensors of several samples as one input of the tower."""
+        """Vision tensors of several samples as one input of the tower; samples without images bring none."""
         keys = {key for item in vision for key in item}
         return {key: torch.cat([item[key] for item in vision if key in item]) for key in sorted(keys)}
 
@@ -66,23 +75,41 @@ class Family:
         found = {key: value for key, value in vision.items() if key not in self.geometry_keys}
         if features is None:
             return found
-        return {key: value for key, value in found.items() if key != "pixel_values"} | self.feature_inputs(features)
+        return {k: v for k, v in found.items() if not k.startswith("pixel_")} | self.feature_inputs(features)
 
     def text_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """What the model wants beside the token ids [B, S], for example which of them are image tokens."""
         return {}
 
     def image_features(self, model: Any, vision: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """What the language model reads in place of the image tokens: [N_i, D] an image."""
+        """What the language model reads in place of the tokens ``image_token_id``: [N_i, D] an image, all its tiles
+        and separators in the order of their positions. (D: whatever ``feature_inputs`` takes back.)"""
         raise TypeError(f"{type(self).__name__} must define image_features(model, vision)")
 
     def feature_inputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
-        """Forward arguments that hand over cached features in place of pixels."""
+        """Forward arguments that hand over cached features, [N, D] a sample or an image, in place of pixels."""
         raise TypeError(f"{type(self).__name__} does not take cached image features")
+
+    @cached_property
+    def answer_frame(self) -> tuple[str, int]:
+        """What the chat template writes around an answer: the text between the assistant's header and it (Idefics3: a
+        space), and the id of the token that ends the turn (Gemma 3: not its ``eos_token``)."""
+
+        def turn(role: str, text: str) -> dict[str, Any]:
+            return {"role": role, "content": [{"type": "text", "text": text}]}
+
+        tokenizer, render = self.processor.tokenizer, self.processor.apply_chat_template
+        header = render([turn("user", "?")], add_generation_prompt=True, tokenize=False)
+        whole = render([turn("user", "?"), turn("assistant", ANSWER)], add_generation_prompt=False, tokenize=False)
+        before, found, after = whole.partition(ANSWER)
+        first = tokenizer.encode(after, add_special_tokens=False)[:1] if found else []
+        special = bool(first) and first[0] in tokenizer.added_tokens_decoder
+        between = before.removeprefix(header) if found and before.startswith(header) else ""
+        return between, int(first[0] if special else tokenizer.eos_token_id)
 
     def end_of_turn(self) -> int:
         """The token that ends the assistant's turn."""
-        return int(self.processor.tokenizer.eos_token_id)
+        return self.answer_frame[1]
 
     def vision_tower(self, model: Any) -> nn.Module:
         raise TypeError(f"{type(self).__name__} must define vision_tower(model)")
