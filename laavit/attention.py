@@ -9,9 +9,9 @@ Two things are done beside plain attention, both without an S x S map:
   query -> key paths. Gated queries stand at the end of the sequence (question or answer), so the queries before the
   first gated one go through causal SDPA over their own prefix, and only the rest pays for an explicit mask of shape
   [B, 1, S - start, S].
-* **Rows** (Eq. 2 and 7): the softmax rows of chosen queries alone, O(R * S), averaged over heads, or over chosen (layer, head) pairs,
-  where they arise.
-  Under non-re-entrant gradient checkpointing the layer runs twice; the first run's rows carry the gradient and stay.
+* **Rows** (Eq. 2 and 7): the softmax rows of chosen queries alone, O(R * S), averaged over heads, or over a selection
+  of heads, where they arise. Under non-re-entrant gradient checkpointing the layer runs twice; the first run's rows
+  carry the gradient and stay.
 
 Shapes: ``B`` batch, ``S`` sequence, ``H`` heads, ``G`` query heads a key head, ``R`` recorded rows, ``D`` head width.
 """
@@ -65,9 +65,9 @@ class AttentionContext:
         layers: indices of the layers to record, negative ones count from the end (``num_layers`` is then needed);
             ``None`` records all.
         num_layers: the decoder's depth, to resolve negative layer indices.
-        heads: ``"mean"`` records [B, R, S] a layer, ``"each"`` records [B, H, R, S]; or a selection, layer -> heads
-            (counted from 0), which names the layers too: [B, R, S] a layer, the mean over its selected heads, and
-            ``mean_rows`` is the mean over all selected (layer, head) pairs. Other heads' rows are never computed.
+        heads: ``"mean"`` records [B, R, S] a layer, ``"each"`` records [B, H, R, S].
+        pairs: a selection, layer -> heads (counted from 0), in place of ``layers`` and ``heads``: [B, R, S] a layer,
+            the mean over its selected heads; ``mean_rows`` is the mean over all pairs. No other head's rows are computed.
         merged: keep one running sum over the layers, for ``mean_rows``, in place of the rows of each (``recorded``
             stays empty): many rows of a deep decoder then cost the memory of one layer's.
     """
@@ -76,23 +76,25 @@ class AttentionContext:
     rows: Tensor | None = None
     layers: Collection[int] | None = None
     num_layers: int | None = None
-    heads: str | Mapping[int, Collection[int]] = "mean"
+    heads: str = "mean"
+    pairs: Mapping[int, Collection[int]] | None = None
     merged: bool = False
     recorded: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _sum: Tensor | None = field(default=None, repr=False)
+    _heads: dict[int, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
     _summed: set[int] = field(default_factory=set, repr=False)
     _masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.heads, str) and self.heads not in ("mean", "each"):
-            raise ValueError(f"heads is 'mean', 'each' or a selection, got {self.heads!r}")
-        if not isinstance(self.heads, str):
-            if self.layers is not None:
-                raise ValueError("a selection of heads names its layers itself: leave layers out")
-            self.heads = {layer: tuple(sorted(set(chosen))) for layer, chosen in self.heads.items()}
-            if not all(chosen and chosen[0] >= 0 for chosen in self.heads.values()):
-                raise ValueError(f"a selection names at least one head a layer, counted from 0, got {self.heads}")
-            self.layers = self.heads
+        if self.heads not in ("mean", "each"):
+            raise ValueError(f"heads is 'mean' or 'each', got {self.heads!r}")
+        if self.pairs is not None:
+            if self.layers is not None or self.heads != "mean":
+                raise ValueError("pairs of layer and head stand in place of layers and heads")
+            self._heads = {layer: tuple(sorted(set(heads))) for layer, heads in self.pairs.items()}
+            if not self._heads or not all(heads and heads[0] >= 0 for heads in self._heads.values()):
+                raise ValueError(f"pairs name at least one head a layer, counted from 0, got {self.pairs}")
+            self.layers = tuple(self._heads)
         self.paths = tuple(path for path in self.paths if path.bias != 0.0 and bool(path.queries.any()))
         # The one host synchronisation of a forward pass: where the first gated query of the batch stands.
         self.start = min((int(path.queries.any(0).float().argmax()) for path in self.paths), default=0)
@@ -111,7 +113,7 @@ class AttentionContext:
             return self._sum / sum(self._weight(layer) for layer in self._summed)
         if not self.recorded:
             raise RuntimeError("no attention rows were recorded: the decoder does not run the 'laavit' implementation")
-        if not isinstance(self.heads, str):
+        if self._heads:
             weighted = [rows * self._weight(layer) for layer, rows in self.recorded.items()]
             return torch.stack(weighted).sum(0) / sum(self._weight(layer) for layer in self.recorded)
         return torch.stack(list(self.recorded.values())).mean(0)
@@ -121,24 +123,24 @@ class AttentionContext:
 
     def chosen(self, layer: int, heads: int, device: torch.device) -> Tensor | None:
         """The selected heads of a layer that has ``heads``, long; None where all are."""
-        if isinstance(self.heads, str):
+        if not self._heads:
             return None
-        if self.heads[layer][-1] >= heads:  # type: ignore[index]
-            raise ValueError(f"head {self.heads[layer][-1]} is selected, and layer {layer} has {heads}")  # type: ignore[index]
-        return torch.tensor(self.heads[layer], device=device)
+        if self._heads[layer][-1] >= heads:
+            raise ValueError(f"head {self._heads[layer][-1]} is selected, and layer {layer} has {heads} heads")
+        return torch.tensor(self._heads[layer], device=device)
 
     def _weight(self, layer: int) -> int:
         """How many (layer, head) pairs a layer's rows stand for, against other layers."""
-        return 1 if isinstance(self.heads, str) else len(self.heads[layer])
+        return len(self._heads[layer]) if self._heads else 1
 
     def record(self, layer: int, weights: Tensor) -> None:
         """Keep a layer's rows [B, H, R, S]; of a layer that runs again under checkpointing the first ones stay."""
         if layer in self.recorded or layer in self._summed:
             return
-        if self.merged and not isinstance(self.heads, str):
-            rows = weights.sum(1)  # the pairs count alike, however many heads a layer has among them
+        if self.merged and self._heads:
+            rows = weights.sum(1)  # the pairs count alike, however many of them are in this layer
         else:
-            rows = weights if self.heads == "each" else weights.mean(1)
+            rows = weights.mean(1) if self.heads == "mean" else weights
         if not self.merged:
             self.recorded[layer] = rows
             return

@@ -145,6 +145,13 @@ def test_context_refuses_what_it_cannot_do() -> None:
         AttentionContext(rows=torch.zeros(1, 1).long(), layers=[3], num_layers=3)
     with pytest.raises(ValueError, match="ln\\(gamma\\)"):
         GatePath(*masks(), bias=0.5)
+    with pytest.raises(ValueError, match="in place of layers and heads"):
+        AttentionContext(layers=[0], pairs={0: [1]})
+    with pytest.raises(ValueError, match="at least one head a layer"):
+        AttentionContext(pairs={0: []})
+    context = AttentionContext(rows=torch.zeros(2, 1).long(), pairs={0: [4]})
+    with pytest.raises(ValueError, match="head 4 is selected, and layer 0 has 4 heads"):
+        laavit_attention(Layer(), query, key, value, None, laavit=context)
 
 
 # --- in a real model -------------------------------------------------------------------------------------------------
@@ -183,6 +190,34 @@ def test_recorded_rows_equal_eager_output_attentions(
     maps = torch.stack(out.attentions).mean((0, 2))
     wanted = maps.gather(1, rows[:, :, None].expand(-1, -1, maps.shape[-1]))
     assert (averaged.mean_rows() - wanted).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_pairs_of_layer_and_head_are_averaged_alone(backbone: Backbone, samples: list[Sample], merged: bool) -> None:
+    batch = batch_of(backbone, samples)
+    rows = torch.tensor([[3, 180], [100, 185], [0, 170]])
+    every = AttentionContext(rows=rows, heads="each")
+    backbone.forward(batch, every)
+    pairs = {0: (3,), 2: (0, 2, 3)}
+    context = AttentionContext(rows=rows, pairs=pairs, merged=merged)
+    hidden = backbone.forward(batch, context)
+    wanted = sum(every.recorded[layer][:, head] for layer, heads in pairs.items() for head in heads) / 4
+    torch.testing.assert_close(context.mean_rows(), wanted, rtol=1e-12, atol=1e-14)
+    if not merged:
+        assert set(context.recorded) == {0, 2}
+        torch.testing.assert_close(context.recorded[0], every.recorded[0][:, 3], rtol=1e-12, atol=1e-14)
+    assert torch.equal(hidden, backbone.forward(batch))
+
+
+def test_a_mask_of_each_head_is_selected_with_the_head() -> None:
+    query, key, value = inputs()
+    torch.manual_seed(1)
+    mask = torch.randn(2, 4, 11, 11, dtype=torch.float64)
+    rows = torch.tensor([[5, 10], [6, 8]])
+    every, some = AttentionContext(rows=rows, heads="each"), AttentionContext(rows=rows, pairs={0: [1, 3]})
+    laavit_attention(Layer(), query, key, value, mask, scaling=8**-0.5, laavit=every)
+    laavit_attention(Layer(), query, key, value, mask, scaling=8**-0.5, laavit=some)
+    torch.testing.assert_close(some.recorded[0], every.recorded[0][:, [1, 3]].mean(1), rtol=1e-12, atol=1e-14)
 
 
 def test_checkpointing_changes_neither_loss_nor_gradients(backbone: Backbone, samples: list[Sample]) -> None:
