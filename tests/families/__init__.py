@@ -1,8 +1,9 @@
 """Tiny random models of every family: its own model class, its own processor class and geometry, offline.
 
-``tiny("qwen2_5_vl", folder)`` writes a Hugging Face folder that ``Backbone.load`` opens like one from the hub. A family's
-module in this package has one function ``build(family, seed) -> (model, processor)``; the sizes are tiny, the tokenizer
-is made from scratch with the family's real special tokens, and the chat template has the structure of the real one.
+``tiny("qwen2_5_vl", folder)`` writes a Hugging Face folder that ``Backbone.load`` opens like one from the hub. A
+family's module in this package has one function ``build(family, seed) -> (model, processor)``; the sizes are tiny, the
+tokenizer is made from scratch with the family's real special tokens, and the chat template has the structure of the
+real one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ from pathlib import Path
 
 #: family -> the module of this package that builds it
 MODULES = {
+    "qwen2_vl": "qwen",
     "qwen2_5_vl": "qwen",
+    "qwen3_vl": "qwen",
+    "idefics3": "idefics",
+    "smolvlm": "idefics",
 }
 FAMILY_NAMES = tuple(MODULES)
 

@@ -11,10 +11,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from laavit.backbones.families.base import Family
-from laavit.backbones.families.qwen import QwenVL
+from laavit.backbones.families.gemma3 import Gemma3
+from laavit.backbones.families.idefics import Idefics
+from laavit.backbones.families.internvl import InternVL
+from laavit.backbones.families.llava_onevision import LlavaOnevision
+from laavit.backbones.families.qwen import Qwen3VL, QwenVL
 from laavit.registry import FAMILIES, UserError, nearest
 
-__all__ = ["Family", "QwenVL", "family_of"]
+__all__ = ["Family", "Idefics", "Qwen3VL", "QwenVL", "family_of"]
 
 
 def family_of(config: PreTrainedConfig, processor: Any) -> Family:

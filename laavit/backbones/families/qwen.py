@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: native resolution, patches merged by squares, M-RoPE."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: native resolution, patches merged by squares, M-RoPE; Qwen3-VL with DeepStack."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from laavit.backbones.families.base import Family
 from laavit.registry import FAMILIES
@@ -30,7 +31,8 @@ class QwenVL(Family):
         # get_rope_index reads the configuration only; a one-layer copy without storage serves data workers.
         small = copy.deepcopy(config)
         small.text_config.num_hidden_layers = 1
-        small.text_config.layer_types = small.text_config.layer_types[:1]
+        if getattr(small.text_config, "layer_types", None):
+            small.text_config.layer_types = small.text_config.layer_types[:1]
         small.vision_config.depth = 1
         with torch.device("meta"):
             self._geometry = AutoModel.from_config(small)
@@ -82,3 +84,23 @@ class QwenVL(Family):
 
 
 FAMILIES.register_module(name="qwen2_vl", module=QwenVL)
+
+
+@FAMILIES.register_module(name="qwen3_vl")
+class Qwen3VL(QwenVL):
+    """Qwen3-VL: the first decoder layers, too, read image features (DeepStack, arXiv 2406.04334).
+
+    Features handed over are [N, (1 + J) * D]: what stands at the image tokens, then what each of the first J layers
+    adds to it.
+    """
+
+    def image_features(self, model: Any, vision: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        output = model.model.get_image_features(vision["pixel_values"], vision["image_grid_thw"])
+        levels = zip(output.pooler_output, *output.deepstack_features, strict=True)  # one entry an image
+        return tuple(torch.cat(level, dim=-1) for level in levels)
+
+    def feature_inputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
+        width = self.config.get_text_config().hidden_size
+        levels = [list(level) for level in zip(*(f.split(width, dim=-1) for f in features), strict=True)]
+        output = BaseModelOutputWithDeepstackFeatures(pooler_output=levels[0], deepstack_features=levels[1:])
+        return {"mm_encoder_outputs": {"image": output}}
