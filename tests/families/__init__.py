@@ -18,6 +18,9 @@ MODULES = {
     "qwen3_vl": "qwen",
     "idefics3": "idefics",
     "smolvlm": "idefics",
+    "llava_onevision": "llava_onevision",
+    "internvl": "internvl",
+    "gemma3": "gemma3",
 }
 FAMILY_NAMES = tuple(MODULES)
 

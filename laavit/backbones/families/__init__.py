@@ -18,7 +18,7 @@ from laavit.backbones.families.llava_onevision import LlavaOnevision
 from laavit.backbones.families.qwen import Qwen3VL, QwenVL
 from laavit.registry import FAMILIES, UserError, nearest
 
-__all__ = ["Family", "Idefics", "Qwen3VL", "QwenVL", "family_of"]
+__all__ = ["Family", "Gemma3", "Idefics", "InternVL", "LlavaOnevision", "Qwen3VL", "QwenVL", "family_of"]
 
 
 def family_of(config: PreTrainedConfig, processor: Any) -> Family:
