@@ -3,6 +3,17 @@
 from laavit.teachers.base import Extractor, Preparer, Teacher
 from laavit.teachers.engine import extract
 from laavit.teachers.hf import HFTeacher
+from laavit.teachers.open_clip_encoder import OpenCLIPEncoder
 from laavit.teachers.settings import ExtractSettings
+from laavit.teachers.timm_encoder import TimmEncoder
 
-__all__ = ["ExtractSettings", "Extractor", "HFTeacher", "Preparer", "Teacher", "extract"]
+__all__ = [
+    "ExtractSettings",
+    "Extractor",
+    "HFTeacher",
+    "OpenCLIPEncoder",
+    "Preparer",
+    "Teacher",
+    "TimmEncoder",
+    "extract",
+]
