@@ -8,7 +8,7 @@ from torch import cuda
 
 from laavit.backbones.base import Backbone
 from laavit.registry import TEACHERS
-from laavit.teachers.recording import HFExtractor
+from laavit.teachers.extractor import HFExtractor
 from laavit.teachers.settings import ExtractSettings
 
 
@@ -21,6 +21,8 @@ class HFTeacher:
         dtype: of the weights.
         device: 'auto' takes a GPU where there is one.
         min_pixels, max_pixels: images are scaled to lie between; None keeps the processor's own bound.
+        device_map: spreads the model over devices ('auto', or module -> device), in place of ``device``.
+        quantization: '8bit', '4bit', or arguments of transformers' ``BitsAndBytesConfig``.
     """
 
     def __init__(
@@ -30,10 +32,20 @@ class HFTeacher:
         device: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        quantization: str | dict[str, Any] | None = None,
     ) -> None:
         self.path = path
         place = ("cuda" if cuda.is_available() else "cpu") if device == "auto" else device
-        self.backbone = Backbone.load(path, dtype, place, min_pixels=min_pixels, max_pixels=max_pixels)
+        self.backbone = Backbone.load(
+            path,
+            dtype,
+            place,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            device_map=device_map,
+            quantization=quantization,
+        )
         self.backbone.model.eval().requires_grad_(False)
 
     def card(self) -> dict[str, Any]:

@@ -1,117 +1,186 @@
 """From a teacher to traces (LaViT, Sec. 4.1): a greedy answer, then one pass that records gaze and semantics.
 
-The second pass records the chosen rows alone (O(R * S), never S x S) and takes the last layer's states at the image
-tokens. In a causal decoder with the image before the question those states cannot depend on the question; gaze-weighted
+The second pass records the chosen rows alone (O(R * S), never S x S) and takes a layer's states at the image tokens.
+In a causal decoder with the image before the question those states cannot depend on the question; gaze-weighted
 pooling, or the prompt order 'question_first', makes the semantics contextual. All of it is a setting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone, collate
-from laavit.backbones.chat import PromptSettings, SequenceBuilder
-from laavit.backbones.rows import image_rows, row_positions
+from laavit.backbones.rows import image_rows, positions, row_positions
 from laavit.registry import UserError
-from laavit.structures import Encoded, Role, Sample, Trace
+from laavit.structures import Encoded, Role, Step, Trace
 from laavit.teachers.settings import ExtractSettings
+from laavit.teachers.steps import Steps, split_answer, step_maps, token_offsets
+from laavit.traces.gaze import normalise, to_distribution
 from laavit.traces.semantics import select
+from laavit.traces.tagger import Tagger
 
 
 @torch.no_grad()
 def record(
-    backbone: Backbone, encoded: Sequence[Encoded], answers: Sequence[str], settings: ExtractSettings
+    backbone: Backbone,
+    encoded: Sequence[Encoded],
+    answers: Sequence[str],
+    settings: ExtractSettings,
+    tagger: Tagger | None = None,
+    blind: Sequence[str] | None = None,
 ) -> list[Trace]:
-    """One teacher-forced pass over answered samples: gaze (Eq. 2) and semantics of each.
+    """One teacher-forced pass over answered samples: gaze (Eq. 2), semantics and steps of each.
 
     Args:
-        encoded: samples with their answer (``SequenceBuilder.with_answer``). answers: the teacher's, for the trace.
+        encoded: samples with their answer (``SequenceBuilder.with_answer``). answers: the same answers as text.
+        tagger: names the groups of the steps. blind: what was answered without the image.
+
+    Raises:
+        UserError: a trace is not finite, or none of a sample's recorded rows sees its image.
     """
     batch = collate(encoded, backbone.family, backbone.tokenizer.pad_token_id).to(backbone.device)
     index = torch.cat([row_positions(batch, kind) for kind in settings.rows], 1)
-    context = AttentionContext(rows=index, layers=settings.depths(backbone.depth), merged=True)
-    hidden = backbone.forward(batch, context)
+    count = index.shape[1]
+    steps: list[Steps] = []
+    if settings.steps != "none":
+        frame = backbone.family.answer_frame[0]
+        offsets = [token_offsets(backbone.tokenizer, answer, frame) for answer in answers]
+        steps = [split_answer(a, o, settings.steps, tagger) for a, o in zip(answers, offsets, strict=True)]
+        index = torch.cat([index, answer_rows(encoded, steps, settings.step_rows).to(index)], 1)
+    context = recording(backbone, settings, index)
+    with layer_states(backbone, settings.semantics_layer) as kept:
+        hidden = backbone.forward(batch, context)
+    states = _image_states(kept[0] if kept else hidden, batch.roles)  # [B, N, D]
     rows, valid = image_rows(context.mean_rows(), batch.roles)  # [B, R, N], [B, N]
-    real = (index >= 0).to(rows.dtype)
-    scores = (rows * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)  # S_j of Eq. 2
-    states = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).cpu()
-    scores, valid, roles = scores.cpu(), valid.cpu(), batch.roles.cpu()
+    if settings.normalisation == "rows":
+        rows, raw = rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny), rows
+    else:
+        raw = rows
+    real = (index[:, :count] >= 0).to(rows.dtype)
+
+    def mean(rows: Tensor) -> Tensor:
+        """S_j of Eq. 2: [B, N]."""
+        return ((rows[:, :count] * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)).cpu()
+
+    scores, mass = mean(rows), mean(raw)
+    maps = step_maps(rows[:, count:], steps).cpu() if steps else None
+    valid = valid.cpu()
     traces = []
     for i, item in enumerate(encoded):
-        gaze, own = scores[i][valid[i]], states[i][roles[i] == Role.IMAGE]
-        if not bool(torch.isfinite(gaze).all() and torch.isfinite(own).all()):
-            raise UserError(
-                f"the trace of sample '{item.sample.id}' is not finite: the teacher's weights are damaged, "
-                f"or its numbers overflow in {hidden.dtype} (teacher.dtype)"
-            )
-        semantics, tokens = select(own, gaze, settings.semantics, settings.top_k)
+        own = valid[i]
+        gaze = scores[i][own]
+        _check(item, gaze, states[i][own], real[i], hidden.dtype)
+        semantics, tokens = select(states[i][own], gaze, settings.semantics, settings.top_k)
+        trajectory: tuple[Step, ...] = ()
+        if maps is not None:
+            parts = zip(steps[i].texts, steps[i].groups, maps[i], strict=False)  # maps are padded at the end
+            trajectory = tuple(Step(text, group, _scaled(each[own], settings)) for text, group, each in parts)
         traces.append(
             Trace(
                 sample_id=item.sample.id,
                 answer=answers[i],
                 tiles=tuple(span.tile for span in item.spans),
-                gaze=gaze,
+                gaze=_scaled(gaze, settings),
                 semantics=semantics,
-                mass=float(gaze.sum()),
+                mass=float(mass[i][own].sum()),
                 semantic_tokens=tokens,
+                steps=trajectory,
+                blind_answer=None if blind is None else blind[i],
             )
         )
     return traces
 
 
-class HFPreparer:
-    """A sample as a generation prompt: its images opened, its words tokenised. Picklable, without the model."""
+def recording(backbone: Backbone, settings: ExtractSettings, index: Tensor) -> AttentionContext:
+    """What a pass asks of the attention layers: the rows at ``index`` [B, R], averaged as the settings say.
 
-    def __init__(self, builder: SequenceBuilder) -> None:
-        self.builder = builder
+    Raises:
+        UserError: the teacher has no such layer or head.
+    """
+    config: Any = backbone.model.config
+    pairs = settings.pairs(backbone.depth, int(config.get_text_config().num_attention_heads))
+    layers = settings.depths(backbone.depth) if pairs is None else None
+    return AttentionContext(rows=index, layers=layers, pairs=pairs, merged=True)
 
-    def __call__(self, sample: Sample) -> Encoded:
-        """Raises: UserError: an image is broken, or the words cannot be put into the chat."""
-        return self.builder.prompt_of(sample)
 
-
-class HFExtractor:
-    """Answers and records batches of prepared samples.
+def answer_rows(encoded: Sequence[Encoded], steps: Sequence[Steps], kind: str) -> Tensor:
+    """The rows of every token of the answers: long [B, T], -1 pads.
 
     Args:
-        backbone: a frozen model. settings: what is read off it.
-        latents: K of a model that was trained with latents (to look at a student), 0 for a plain one.
+        kind: 'predicting', the position before the token, whose logits choose it; or its 'own' position.
     """
+    counts = torch.tensor([len(each.of_token) for each in steps])
+    # The first label stands at the position that predicts the answer's first token.
+    firsts = torch.stack([(item.labels >= 0).float().argmax() for item in encoded]) + (kind == "own")
+    token = torch.arange(int(counts.max()))
+    return (firsts[:, None] + token).masked_fill(token >= counts[:, None], -1)
 
-    def __init__(self, backbone: Backbone, settings: ExtractSettings, latents: int = 0) -> None:
-        self.backbone, self.settings = backbone, settings
-        prompt = PromptSettings(system=settings.system, order=settings.prompt_order)
-        self.preparer = HFPreparer(backbone.builder(prompt, latents))
 
-    @torch.no_grad()
-    def __call__(self, prepared: Sequence[Encoded]) -> list[Trace]:
-        """Traces of one batch; the vision tower runs once for the answer and the recording, where the family can."""
-        backbone, settings = self.backbone, self.settings
-        prompts = self._seen(prepared)
-        if settings.answer == "gold":
-            answers = [prompt.sample.answer for prompt in prompts]
-        else:
-            answers = backbone.generate(prompts, settings.max_new_tokens, settings.repetition_penalty)
-        builder = self.preparer.builder
-        answered = [builder.with_answer(p, a) for p, a in zip(prompts, answers, strict=True)]
-        return record(backbone, answered, answers, settings)
+def state_layer(backbone: Backbone, layer: int) -> int | None:
+    """The decoder layer whose output is kept, counted from 0; None for the last, whose states the model itself returns.
 
-    def _seen(self, prompts: Sequence[Encoded]) -> list[Encoded]:
-        """The prompts with their images' features in place of pixels, one run of the vision tower for all."""
-        family = self.backbone.family
-        if not family.takes_features or not any(prompt.spans for prompt in prompts):
-            return list(prompts)
-        vision = family.batch([prompt.vision for prompt in prompts])
-        vision = {key: value.to(self.backbone.device) for key, value in vision.items()}
-        features: Sequence[Tensor] = family.image_features(self.backbone.model, vision)
-        seen, offset = [], 0
-        for prompt in prompts:
-            own = features[offset : offset + len(prompt.sample.images)]
-            offset += len(own)
-            seen.append(replace(prompt, features=torch.cat(list(own))))
-        return seen
+    Raises:
+        UserError: the decoder has no such layer.
+    """
+    depth = backbone.depth
+    if not -depth <= layer < depth:
+        raise UserError(f"extract.semantics_layer: got {layer}; allowed: {-depth} to {depth - 1} (-1 is the last)")
+    return None if layer % depth == depth - 1 else layer % depth
+
+
+@contextmanager
+def layer_states(backbone: Backbone, layer: int) -> Iterator[list[Tensor]]:
+    """Keeps the output of one decoder layer while it is open: a list that receives [B, S, D].
+
+    Nothing is kept for the last layer: its states are the model's own output, after the final norm.
+    """
+    kept: list[Tensor] = []
+    number = state_layer(backbone, layer)
+    if number is None:
+        yield kept
+        return
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    layers: Any = backbone.family.decoder(backbone.model).layers
+    handle = layers[number].register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def _image_states(states: Tensor, roles: Tensor) -> Tensor:
+    """The states of the image tokens [B, N, D], at least float32, on the CPU."""
+    index = positions(roles == Role.IMAGE).clamp(min=0).to(states.device)
+    picked = states.gather(1, index[:, :, None].expand(-1, -1, states.shape[-1]))
+    return picked.to(torch.promote_types(states.dtype, torch.float32)).cpu()
+
+
+def _scaled(scores: Tensor, settings: ExtractSettings) -> Tensor:
+    """A map as it is stored."""
+    if settings.normalisation == "minmax":
+        return normalise(scores)
+    if settings.normalisation == "distribution":
+        return to_distribution(scores)
+    return scores
+
+
+def _check(item: Encoded, gaze: Tensor, states: Tensor, real: Tensor, dtype: torch.dtype) -> None:
+    name = f"sample '{item.sample.id}'"
+    if not bool(real.any()):
+        raise UserError(f"{name} has no position of the kinds in extract.rows")
+    if not bool(torch.isfinite(gaze).all() and torch.isfinite(states).all()):
+        raise UserError(
+            f"the trace of {name} is not finite: the teacher's weights are damaged, "
+            f"or its numbers overflow in {dtype} (teacher.dtype)"
+        )
+    if not bool(gaze.any()):
+        raise UserError(f"no recorded row of {name} sees its image: extract.rows names only words before the image")

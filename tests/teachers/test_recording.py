@@ -17,7 +17,7 @@ from laavit.backbones.rows import ROW_KINDS
 from laavit.registry import UserError
 from laavit.structures import Box, Role, Sample, Span, Tile, Trace
 from laavit.teachers import ExtractSettings, HFTeacher
-from laavit.teachers.recording import HFExtractor, record
+from laavit.teachers.extractor import HFExtractor, record
 
 GOLD = ExtractSettings(answer="gold", batch_size=3)
 
