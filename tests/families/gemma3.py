@@ -1,4 +1,4 @@
-"""Tiny Gemma 3: 16 tokens an image, a sliding window of 24 in every layer but one, the first token written twice over."""
+"""Tiny Gemma 3: 16 tokens an image, a sliding window of 24 in two of three layers; its tokenizer writes <bos> too."""
 
 from __future__ import annotations
 

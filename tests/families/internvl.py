@@ -1,4 +1,4 @@
-"""Tiny InternVL: tiles of 32 x 32 pixels, 4 x 4 patches shuffled into 2 x 2 tokens, at most six tiles and a thumbnail."""
+"""Tiny InternVL: tiles of 32 x 32 pixels, 4 x 4 patches shuffled into 2 x 2 tokens; six tiles at most, a thumbnail."""
 
 from __future__ import annotations
 
