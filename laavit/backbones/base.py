@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from laavit.attention import IMPLEMENTATION, AttentionContext
 from laavit.backbones.chat import IGNORED, PromptSettings, SequenceBuilder
 from laavit.backbones.families import family_of
-from laavit.recipe import zoo_path
-from laavit.registry import UserError, nearest
+from laavit.backbones.loading import bound_pixels, dtype_of, read
+from laavit.registry import UserError
 from laavit.structures import Batch, Encoded, Role
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """A dtype by name; a ``UserError`` names the nearest."""
-    if name not in DTYPES:
-        raise UserError(f"no dtype is called '{name}'; {nearest(name, DTYPES)}")
-    return DTYPES[name]
-
-
-def bound_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Set the least and the greatest area, in pixels, that images are scaled to; None keeps the processor's own.
-
-    Raises:
-        UserError: a bound is not positive, they contradict each other, or this processor scales by another rule.
-    """
-    if min_pixels is None and max_pixels is None:
-        return
-    size = dict(image_processor.size)
-    if not size.get("shortest_edge") or not size.get("longest_edge"):
-        raise UserError(f"min_pixels, max_pixels: {type(image_processor).__name__} does not scale images by their area")
-    # Qwen's processors keep areas under the names of edges.
-    least = size["shortest_edge"] if min_pixels is None else min_pixels
-    most = size["longest_edge"] if max_pixels is None else max_pixels
-    if not 0 < least <= most:
-        raise UserError(f"min_pixels, max_pixels: got {least} and {most}; allowed: 0 < min_pixels <= max_pixels")
-    image_processor.size = type(image_processor.size)(shortest_edge=least, longest_edge=most)
+__all__ = ["Backbone", "collate", "digest_of", "dtype_of"]
 
 
 class Backbone:
@@ -70,29 +42,29 @@ class Backbone:
         attention: str = IMPLEMENTATION,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        quantization: str | Mapping[str, Any] | None = None,
     ) -> Backbone:
         """A folder, a hub name or ``zoo:NAME`` as a backbone; its text decoder runs laavit's attention function.
 
         Args:
+            device: where the model goes, unless ``device_map`` says so.
             min_pixels, max_pixels: images are scaled to lie between; None keeps the processor's own bound. They are
                 saved with the processor, so that an export sees images as its training did.
+            device_map: spreads the model over devices: 'auto' or another of transformers' ways, or module -> device.
+            quantization: '8bit', '4bit', or arguments of transformers' ``BitsAndBytesConfig``.
 
         Raises:
-            UserError: no model can be read there, or the bounds contradict each other.
+            UserError: no model can be read there or in this way, laavit does not know its family, the bounds
+                contradict each other, or its decoder does not take the attention function.
         """
-        place = zoo_path(path)
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(
-                place,
-                dtype=dtype_of(dtype),
-                attn_implementation={"text_config": attention, "vision_config": "sdpa"},
-            )
-            processor = AutoProcessor.from_pretrained(place)
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            what = str(error).splitlines()[0]
-            raise UserError(f"no vision-language model can be read from '{path}': {what}") from None
+        model, processor = read(path, dtype, device, attention, device_map, quantization)
         bound_pixels(processor.image_processor, min_pixels, max_pixels)
-        return cls(model.to(device), processor)
+        backbone = cls(model, processor)
+        runs = backbone.family.decoder(model).config._attn_implementation
+        if runs != attention:
+            raise UserError(f"the decoder of '{path}' runs the attention '{runs}', not '{attention}'")
+        return backbone
 
     @property
     def tokenizer(self) -> Any:
@@ -110,7 +82,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where inputs go: of the first weights, those apart that wait on the disk."""
+        return next(p.device for p in self.model.parameters() if p.device.type != "meta")
 
     @cached_property
     def stops(self) -> list[int]:

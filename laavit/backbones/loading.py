@@ -1,0 +1,114 @@
+"""How weights and processors are read: dtype, placement over devices, quantisation, bounds of an image's area."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from laavit.attention import IMPLEMENTATION
+from laavit.recipe import zoo_path
+from laavit.registry import UserError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+#: ways to spread a model over devices that transformers works out by itself
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+#: a name -> arguments of transformers' ``BitsAndBytesConfig`` (8 bit: arXiv 2208.07339; 4 bit: NF4 of arXiv 2305.14314)
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "8bit": {"load_in_8bit": True},
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A dtype by name; a ``UserError`` names the nearest."""
+    if name not in DTYPES:
+        raise UserError(f"no dtype is called '{name}'; {nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def bound_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Set the least and the greatest area, in pixels, that images are scaled to; None keeps the processor's own.
+
+    Raises:
+        UserError: a bound is not positive, they contradict each other, or this processor scales by another rule.
+    """
+    if min_pixels is None and max_pixels is None:
+        return
+    size = dict(image_processor.size)
+    if not size.get("shortest_edge") or not size.get("longest_edge"):
+        raise UserError(f"min_pixels, max_pixels: {type(image_processor).__name__} does not scale images by their area")
+    # Qwen's processors keep areas under the names of edges.
+    least = size["shortest_edge"] if min_pixels is None else min_pixels
+    most = size["longest_edge"] if max_pixels is None else max_pixels
+    if not 0 < least <= most:
+        raise UserError(f"min_pixels, max_pixels: got {least} and {most}; allowed: 0 < min_pixels <= max_pixels")
+    image_processor.size = type(image_processor.size)(shortest_edge=least, longest_edge=most)
+
+
+def quantization_config(spec: str | Mapping[str, Any] | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """A name of ``QUANTIZATIONS``, or arguments of ``BitsAndBytesConfig``, as transformers wants it; None is none.
+
+    Args:
+        dtype: of the arithmetic with 4-bit weights, where the arguments name none.
+
+    Raises:
+        UserError: no such name or argument, or bitsandbytes is not installed.
+    """
+    if spec is None:
+        return None
+    if isinstance(spec, str):
+        if spec not in QUANTIZATIONS:
+            raise UserError(f"no quantization is called '{spec}'; {nearest(spec, QUANTIZATIONS)}")
+        spec = QUANTIZATIONS[spec]
+    allowed = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
+    for name in spec:
+        if name not in allowed:
+            raise UserError(f"quantization: transformers' BitsAndBytesConfig has no '{name}'; {nearest(name, allowed)}")
+    if find_spec("bitsandbytes") is None:
+        raise UserError("quantization needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    try:
+        return BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, **spec})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"quantization: {error}") from None
+
+
+def read(
+    path: str,
+    dtype: str,
+    device: str,
+    attention: str = IMPLEMENTATION,
+    device_map: str | Mapping[str, Any] | None = None,
+    quantization: str | Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
+    """A model and its processor from a folder, a hub name or ``zoo:NAME``; see ``Backbone.load``.
+
+    Raises:
+        UserError: none can be read there, or not in this way.
+    """
+    arguments: dict[str, Any] = {"dtype": dtype_of(dtype)}
+    quantized = quantization_config(quantization, arguments["dtype"])
+    if quantized is not None:
+        arguments["quantization_config"] = quantized
+        device_map = {"": device} if device_map is None else device_map  # quantised weights cannot be moved later
+    if isinstance(device_map, str) and device_map not in MAPS:
+        raise UserError(
+            f"device_map: got '{device_map}'; {nearest(device_map, MAPS)}, or a module's name -> its device"
+        )
+    if device_map is not None:
+        arguments["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
+    place = zoo_path(path)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            place, attn_implementation={"text_config": attention, "vision_config": "sdpa"}, **arguments
+        )
+        processor = AutoProcessor.from_pretrained(place)
+    except (OSError, ValueError, ImportError, HfHubHTTPError) as error:
+        what = " ".join(str(error).split()) if isinstance(error, ImportError) else str(error).strip().splitlines()[0]
+        raise UserError(f"no vision-language model can be read from '{path}': {what}") from None
+    return (model if "device_map" in arguments else model.to(device)), processor
