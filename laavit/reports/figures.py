@@ -183,8 +183,8 @@ def share_in_boxes(gaze: NDArray[np.float64], boxes: Sequence[tuple[float, float
     return float(in_box_mass(torch.from_numpy(gaze).flatten(), mask))
 
 
-def overlay(image: Image.Image, gaze: NDArray[np.float64] | None, side: int = 336) -> str:
-    """The image, greyed and overlaid with a map, as a data URI; the plain image where there is no map.
+def blend(image: Image.Image, gaze: NDArray[np.float64] | None, side: int = 336) -> Image.Image:
+    """The image, greyed and overlaid with a map; the plain image where there is no map.
 
     The map is scaled to its own maximum and interpolated bilinearly from its grid (App. C.2): the colour says where
     the looking goes, not how much of it there is.
@@ -206,8 +206,13 @@ def overlay(image: Image.Image, gaze: NDArray[np.float64] | None, side: int = 33
         coloured = mpl.colormaps["inferno"](0.15 + 0.85 * heat_values)[..., :3]
         alpha = (0.12 + 0.56 * heat_values)[..., None]
         picture = Image.fromarray((255 * ((1 - alpha) * muted + alpha * coloured)).round().astype(np.uint8))
+    return picture
+
+
+def overlay(image: Image.Image, gaze: NDArray[np.float64] | None, side: int = 336) -> str:
+    """``blend`` as a data URI."""
     stream = io.BytesIO()
-    picture.save(stream, format="JPEG", quality=88, subsampling=0)
+    blend(image, gaze, side).save(stream, format="JPEG", quality=88, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
