@@ -180,6 +180,12 @@ class Recipe:
         if IMPORTS in config:
             self.config[IMPORTS] = config[IMPORTS]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled in another process, a recipe brings its ``custom_imports`` along."""
+        self.__dict__.update(state)
+        if IMPORTS in self.config:
+            _import_all(self.config[IMPORTS], Path())
+
     @staticmethod
     def _component(key: str, kind: str, spec: object) -> dict[str, Any] | None:
         if spec is None:

@@ -9,6 +9,7 @@ from typing import Any
 from laavit.backbones.chat import PromptSettings
 from laavit.backbones.rows import check_kinds
 from laavit.registry import SETTINGS, UserError, nearest
+from laavit.traces.schema import SEMANTICS_DTYPES
 from laavit.traces.semantics import SEMANTICS
 
 ANSWERS = ("teacher", "gold")
@@ -34,6 +35,7 @@ class ExtractSettings:
             it) or 'mean'; or the states themselves, 'top_k_rows' (of the strongest tokens) or 'full' (of all).
         semantics_layer: whose states: -1 is the last decoder layer after the final norm (the paper), another one the
             output of that layer.
+        semantics_dtype: what they are stored as: 'float32', 'float16' or 'bfloat16'.
         top_k: how many tokens 'gaze_top_k' and 'top_k_rows' keep (paper: 8).
         steps: one more map for each 'token', 'word' or 'sentence' of the answer, or for each run of words of one
             'group' (functional, object, attribute); 'none' keeps the aggregate alone.
@@ -57,6 +59,7 @@ class ExtractSettings:
     gaze_top_k: int | None = None
     semantics: str = "gaze_top_k"
     semantics_layer: int = -1
+    semantics_dtype: str = "float32"
     top_k: int = 8
     steps: str = "none"
     step_rows: str = "predicting"
@@ -76,6 +79,7 @@ class ExtractSettings:
         for name, allowed in (
             ("normalisation", NORMALISATIONS),
             ("semantics", SEMANTICS),
+            ("semantics_dtype", SEMANTICS_DTYPES),
             ("steps", STEPS),
             ("step_rows", STEP_ROWS),
             ("answer", ANSWERS),

@@ -1,12 +1,15 @@
-"""A trace store on disk: its schema, one shard's bytes, and the header. The classes that use them are in ``store.py``.
+"""A trace store on disk: its files, one shard's bytes, the header, and what is damaged or missing.
 
     store/
-      header.json          {"schema": 1, "shard_size": 128, "header": {...}}
-      shard-00000.arrow    an Arrow IPC stream of up to shard_size traces, memory-mapped when read
-      shard-00000.json     {"count", "bytes", "sha256"} of the shard, written after it: without, it is unfinished
+      header.json          {"schema": 2, "shard_size": 128, "samples": {"count", "sha256"}, "header": {...}}
+      shard-00000.arrow    an Arrow IPC stream of the traces of up to shard_size samples, memory-mapped when read
+      shard-00000.json     its record, written after it (without, it is unfinished): {"count", "bytes", "sha256",
+                           "samples": digest of its samples' ids, "quarantined": {sample id: reason}}
       verdicts/NAME.arrow  one filter's verdicts and scores: sample_id, verdict, score
 
-Every file is written beside its place and moved there in one step. The bytes of a shard depend on its traces alone.
+Shard i holds the samples from i * shard_size on, in their order, without those that were put aside ("quarantined"), so
+the header alone says which shards there have to be. Every file is written beside its place and moved there in one step;
+the bytes of a shard depend on its traces and its quarantined samples alone.
 """
 
 from __future__ import annotations
@@ -15,128 +18,121 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from datasets import Features, List, Value
+from datasets import Features
 
 from laavit.files import write_bytes
 from laavit.registry import UserError
-from laavit.structures import Tile, Trace
-from laavit.traces import gaze as gazes
+from laavit.traces.schema import Row
 
-SCHEMA = 1
-SEMANTICS_DTYPES = {"float32": np.float32, "float16": np.float16}
-
-Row = dict[str, Any]
+SCHEMA = 2
+HEADER = "header.json"
 
 
-def trace_features(semantics_dtype: str) -> Features:
-    """The columns of a shard. ``gaze_indices`` is empty where the full map is stored."""
-    return Features(
-        {
-            "sample_id": Value("string"),
-            "answer": Value("string"),
-            "grids": List(Value("int32")),  # height, width, height, width, ...
-            "gaze_indices": List(Value("int32")),
-            "gaze_values": List(Value("float32")),
-            "semantics": List(Value(semantics_dtype)),
-            "mass": Value("float64"),
-            "verdict_names": List(Value("string")),
-            "verdict_values": List(Value("bool")),
-            "score_names": List(Value("string")),
-            "score_values": List(Value("float64")),
-        }
-    )
+@dataclass(frozen=True)
+class Record:
+    """What stands beside a finished shard: how many traces and bytes, their hash, whose, and who was put aside."""
+
+    count: int
+    bytes: int
+    sha256: str
+    samples: str
+    quarantined: dict[str, str]
 
 
-VERDICT_FEATURES = Features({"sample_id": Value("string"), "verdict": Value("bool"), "score": Value("float64")})
+@dataclass(frozen=True)
+class Header:
+    """The content of ``header.json``: how samples are cut into shards, how many and which, and what made the traces."""
+
+    shard_size: int
+    count: int
+    samples: str
+    content: dict[str, Any]
+
+    @property
+    def shards(self) -> int:
+        """How many shards there have to be."""
+        return math.ceil(self.count / self.shard_size)
+
+    def as_json(self) -> dict[str, Any]:
+        samples = {"count": self.count, "sha256": self.samples}
+        return {"schema": SCHEMA, "shard_size": self.shard_size, "samples": samples, "header": self.content}
 
 
-def encode(trace: Trace, gaze_top_k: int | None, semantics_dtype: str) -> Row:
-    """A trace as the row that is stored.
+def complete_header(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The header as JSON will give it back, with the storage settings filled in.
 
     Raises:
-        UserError: the trace does not fit itself (gaze against grids), or has non-finite figures.
+        UserError: it is not plain JSON data.
     """
-    name = f"the trace of sample '{trace.sample_id}'"
-    if not trace.sample_id:
-        raise UserError("a trace has an empty sample id")
-    tokens = sum(tile.cells for tile in trace.tiles)
-    if trace.gaze.ndim != 1 or trace.gaze.shape[0] != tokens:
-        raise UserError(
-            f"{name} has a gaze of shape {tuple(trace.gaze.shape)} for tiles {trace.tiles} ({tokens} tokens)"
-        )
-    if trace.semantics.ndim != 1 or trace.semantics.shape[0] == 0:
-        raise UserError(f"{name} has semantics of shape {tuple(trace.semantics.shape)}; allowed: one vector [D]")
-    gaze = trace.gaze.detach().to("cpu", torch.float32)
-    if not bool(torch.isfinite(gaze).all()) or bool((gaze < 0).any()):
-        raise UserError(f"{name} has a gaze map with negative or non-finite entries")
-    semantics = trace.semantics.detach().to("cpu", torch.float32)
-    if semantics_dtype == "float16":
-        semantics = semantics.half()
-    if not bool(torch.isfinite(semantics).all()):
-        raise UserError(
-            f"{name} has semantics that are not finite as {semantics_dtype}; allowed: semantics_dtype float32"
-        )
-    if not math.isfinite(trace.mass):
-        raise UserError(f"{name} has a mass of {trace.mass}")
-    indices = torch.empty(0, dtype=torch.long)
-    if gaze_top_k is not None:
-        indices = gazes.top_k_indices(gaze, gaze_top_k)
-        gaze = gaze[indices]
-    return {
-        "sample_id": trace.sample_id,
-        "answer": trace.answer,
-        "grids": np.asarray([(t.height, t.width) for t in trace.tiles], dtype=np.int32).reshape(-1),
-        "gaze_indices": indices.to(torch.int32).numpy(),
-        "gaze_values": gaze.numpy().copy(),
-        "semantics": semantics.numpy().copy(),
-        "mass": float(trace.mass),
-        "verdict_names": [str(key) for key in trace.verdicts],
-        "verdict_values": [bool(value) for value in trace.verdicts.values()],
-        "score_names": [str(key) for key in trace.scores],
-        "score_values": [float(value) for value in trace.scores.values()],
-    }
+    try:
+        return json.loads(json.dumps({"gaze_top_k": None, "semantics_dtype": "float32", **header}, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the header of a trace store is plain JSON data: {error}") from error
 
 
-def decode(row: Mapping[str, Any], sparse: bool) -> Trace:
-    """A stored row as a trace with a dense gaze; tensors are copies, free of the memory map."""
-    sides = np.asarray(row["grids"]).reshape(-1, 2).tolist()
-    tiles = tuple(Tile(int(height), int(width), image) for image, (height, width) in enumerate(sides))
-    values = torch.from_numpy(np.array(row["gaze_values"], dtype=np.float32))
-    if sparse:
-        dense = torch.zeros(sum(tile.cells for tile in tiles))
-        values = dense.index_copy_(0, torch.from_numpy(np.array(row["gaze_indices"], dtype=np.int64)), values)
-    return Trace(
-        sample_id=row["sample_id"],
-        answer=row["answer"],
-        tiles=tiles,
-        gaze=values,
-        semantics=torch.from_numpy(np.array(row["semantics"], dtype=np.float32)),
-        mass=row["mass"],
-        verdicts=dict(zip(row["verdict_names"], row["verdict_values"], strict=True)),
-        scores=dict(zip(row["score_names"], row["score_values"], strict=True)),
-    )
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys: equal content, equal bytes."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def table_rows(table: pa.Table) -> list[Row]:
-    """The rows of an Arrow table, number lists as NumPy arrays."""
-    columns: dict[str, list[Any]] = {}
-    for field in table.schema:
-        column = table.column(field.name)
-        numeric = pa.types.is_list(field.type) and (
-            pa.types.is_floating(field.type.value_type) or pa.types.is_integer(field.type.value_type)
-        )
-        if numeric and not field.name.startswith("score"):
-            columns[field.name] = [scalar.values.to_numpy(zero_copy_only=False) for scalar in column]
-        else:
-            columns[field.name] = column.to_pylist()
-    return [{name: values[place] for name, values in columns.items()} for place in range(table.num_rows)]
+def ids_digest(ids: Iterable[str]) -> str:
+    """SHA-256 of sample ids in order."""
+    total = hashlib.sha256()
+    for key in ids:
+        total.update(json.dumps(key).encode() + b"\n")  # quoted: an id may hold any character
+    return total.hexdigest()
+
+
+def write_header(folder: Path, header: Header) -> None:
+    """Write ``header.json``."""
+    write_bytes(folder / HEADER, canonical(header.as_json()))
+
+
+def read_header(folder: Path) -> Header | None:
+    """The content of ``header.json``; ``None`` where the folder holds no store.
+
+    Raises:
+        UserError: the file is broken, or of another schema version.
+    """
+    path = folder / HEADER
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        version = content["schema"]
+        if version != SCHEMA:
+            old = ", written by an earlier version (extract it again)" if version == 1 else ""
+            raise UserError(
+                f"the trace store '{folder}' has schema {version}{old}; this version reads schema {SCHEMA}"
+            )
+        samples = content["samples"]
+        header = Header(int(content["shard_size"]), int(samples["count"]), str(samples["sha256"]), content["header"])
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is not the header of a trace store") from error
+    if not isinstance(header.content, dict) or header.shard_size < 1 or header.count < 0:
+        raise UserError(f"'{path}' is not the header of a trace store")
+    return header
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """Where a shard is; its record stands beside it as ``.json``."""
+    return folder / f"shard-{index:05d}.arrow"
+
+
+def shard_indices(folder: Path) -> list[int]:
+    """The numbers of all shards that have a file, finished or not, in order."""
+    stems = {file.stem for file in folder.glob("shard-*") if file.suffix in (".arrow", ".json")}
+    numbers = [stem.removeprefix("shard-") for stem in stems]
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def stream_bytes(rows: Sequence[Row], features: Features) -> bytes:
@@ -152,79 +148,133 @@ def stream_bytes(rows: Sequence[Row], features: Features) -> bytes:
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
     if not pa.types.is_list(kind):
         return pa.array(values, kind)
-    offsets = np.cumsum([0, *(len(value) for value in values)]).astype(np.int32)
+    lengths = np.cumsum([0, *(len(value) for value in values)])
+    if lengths[-1] > np.iinfo(np.int32).max:
+        raise UserError("a shard holds more than 2^31 numbers of one column: choose a smaller extract.shard_size")
     inner = kind.value_type
     if pa.types.is_string(inner) or pa.types.is_boolean(inner):
         flat = pa.array([entry for value in values for entry in value], inner)
     else:
-        flat = pa.array(np.concatenate([np.asarray(value, inner.to_pandas_dtype()) for value in values]), inner)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=kind)
+        number = inner.to_pandas_dtype()
+        flat = pa.array(np.concatenate([np.zeros(0, number), *(np.asarray(value, number) for value in values)]), inner)
+    return pa.ListArray.from_arrays(pa.array(lengths.astype(np.int32)), flat, type=kind)
 
 
-def shard_path(folder: Path, index: int) -> Path:
-    """Where a shard is; its record stands beside it as ``.json``."""
-    return folder / f"shard-{index:05d}.arrow"
+def write_shard(
+    folder: Path,
+    index: int,
+    rows: Sequence[Row],
+    features: Features,
+    samples: str,
+    quarantined: Mapping[str, str] | None = None,
+) -> Record:
+    """Write a shard and then its record.
 
-
-def shard_indices(folder: Path) -> list[int]:
-    """The numbers of all shards that have a file, finished or not, in order."""
-    stems = {file.stem for file in folder.glob("shard-*") if file.suffix in (".arrow", ".json")}
-    numbers = [stem.removeprefix("shard-") for stem in stems]
-    return sorted(int(number) for number in numbers if number.isdecimal())
-
-
-def write_shard(folder: Path, index: int, rows: Sequence[Row], features: Features) -> None:
-    """Write a shard and then its record."""
-    path, content = shard_path(folder, index), stream_bytes(rows, features)
-    record = {"count": len(rows), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_bytes(path, content)
-    write_bytes(path.with_suffix(".json"), canonical(record))
-
-
-def shard_record(folder: Path, index: int, verify: bool = True) -> dict[str, Any] | None:
-    """The shard's {"count", "bytes", "sha256"}; ``None`` where it is unfinished, truncated or (``verify``) changed."""
-    path = shard_path(folder, index)
-    try:
-        record = json.loads(path.with_suffix(".json").read_bytes())
-        count, size, sha256 = int(record["count"]), int(record["bytes"]), str(record["sha256"])
-        if count < 1 or path.stat().st_size != size:
-            return None
-        if verify:
-            total = hashlib.sha256()
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    total.update(block)
-            if total.hexdigest() != sha256:
-                return None
-    except (OSError, ValueError, KeyError, TypeError):  # any of them means: not a finished shard, so it is done again
-        return None
-    return {"count": count, "bytes": size, "sha256": sha256}
-
-
-def canonical(value: Any) -> bytes:
-    """JSON with sorted keys: equal content, equal bytes."""
-    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode()
-
-
-def read_header(folder: Path) -> dict[str, Any] | None:
-    """The content of ``header.json``; ``None`` where the folder holds no store.
-
-    Raises:
-        UserError: the file is broken, or of another schema version.
+    Args:
+        samples: ``ids_digest`` of its samples, those in ``quarantined`` (sample id -> reason) included.
     """
-    path = folder / "header.json"
-    if not path.is_file():
-        return None
+    path, content = shard_path(folder, index), stream_bytes(rows, features)
+    sha256 = hashlib.sha256(content).hexdigest()
+    record = Record(len(rows), len(content), sha256, samples, dict(quarantined or {}))
+    write_bytes(path, content)
+    write_bytes(path.with_suffix(".json"), canonical(asdict(record)))
+    return record
+
+
+def copy_shard(source: Path, target: Path, index: int) -> None:
+    """Copy a finished shard of one store to another, the record last."""
+    for suffix in (".arrow", ".json"):
+        write_bytes(
+            shard_path(target, index).with_suffix(suffix), shard_path(source, index).with_suffix(suffix).read_bytes()
+        )
+
+
+def drop_shard(folder: Path, index: int) -> None:
+    """Take a shard away, so that it is done again."""
+    shard_path(folder, index).with_suffix(".json").unlink(missing_ok=True)
+    shard_path(folder, index).unlink(missing_ok=True)
+
+
+def read_record(folder: Path, index: int, verify: bool = True) -> Record | str:
+    """A shard's record, or in words why it does not count: missing, unfinished, truncated, or (``verify``) changed."""
+    path = shard_path(folder, index)
+    if not path.is_file() and not path.with_suffix(".json").is_file():
+        return "missing"
     try:
-        content = json.loads(path.read_bytes())
-        version, size, header = content["schema"], content["shard_size"], content["header"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' is not the header of a trace store") from error
-    if version != SCHEMA:
-        raise UserError(f"the trace store '{folder}' has schema {version}; this version reads schema {SCHEMA}")
-    if not isinstance(header, dict) or not isinstance(size, int):
-        raise UserError(f"'{path}' is not the header of a trace store")
-    return {"schema": version, "shard_size": size, "header": header}
+        content = json.loads(path.with_suffix(".json").read_bytes())
+        aside = content["quarantined"]
+        record = Record(
+            int(content["count"]), int(content["bytes"]), str(content["sha256"]), str(content["samples"]), dict(aside)
+        )
+    except FileNotFoundError:
+        return "unfinished: its record is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its record cannot be read ({type(error).__name__})"
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        return "its file is missing"
+    if size != record.bytes:
+        return f"{'truncated' if size < record.bytes else 'too long'}: {size} of {record.bytes} bytes"
+    return "changed: its SHA-256 is another" if verify and file_sha256(path) != record.sha256 else record
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+class Shard:
+    """One shard's columns, memory-mapped when first read; a pickled one is its path and opens anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._columns: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_columns": None}
+
+    def _open(self) -> dict[str, Any]:
+        if self._columns is None:
+            with pa.memory_map(str(self.path)) as source:
+                table = pa.ipc.open_stream(source).read_all().combine_chunks()
+            columns: dict[str, Any] = {}
+            for field in table.schema:
+                column = table.column(field.name)
+                column = column.chunk(0) if column.num_chunks else pa.array([], field.type)
+                columns[field.name] = column
+                if pa.types.is_list(field.type):
+                    inner = column.values
+                    plain = pa.types.is_string(inner.type) or pa.types.is_boolean(inner.type)
+                    numbers = inner if plain else inner.to_numpy(zero_copy_only=False)
+                    columns[field.name] = (column.offsets.to_numpy(), numbers)
+            self._columns = columns
+        return self._columns
+
+    def ids(self) -> list[str]:
+        """The samples' ids, in order."""
+        return self._open()["sample_id"].to_pylist()
+
+    def row(self, place: int) -> Row:
+        """One row: numbers as NumPy views of the map (copy them), the rest as Python values."""
+        row: Row = {}
+        for name, column in self._open().items():
+            if isinstance(column, tuple):
+                offsets, values = column
+                part = values[offsets[place] : offsets[place + 1]]
+                row[name] = part.tolist() if isinstance(part, pa.Array) or name.startswith("score") else part
+            else:
+                row[name] = column[place].as_py()
+        return row
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Every row of a file that ``stream_bytes`` made."""
+    shard = Shard(path)
+    return [shard.row(place) for place in range(len(shard.ids()))]
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], subset: bool, prefix: str = "") -> list[str]:

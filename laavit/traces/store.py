@@ -1,8 +1,8 @@
-"""The trace store: an append-only, resumable writer and a memory-mapped reader (layout: ``shards.py``).
+"""A trace store: the memory-mapped reader, and a writer for traces that are there already.
 
-Size of one sample, D semantics wide, N image tokens, Top-K gaze: ``(4 or 2) D + 8 k`` bytes, or ``(4 or 2) D + 4 N``
-with the full map, plus about 100 bytes and the answer's text. At D = 5120, float16 and k = 8 that is 10.4 kB, at
-D = 5120, float32 and N = 698 it is 23.4 kB (full last-layer states: 7.1 MB); ``bytes_per_sample`` measures it.
+Layout: ``shards.py``; columns and bytes a sample: ``schema.py``. At D = 5120, float16 and Top-8 a sample takes 10.5 kB,
+at D = 5120, float32 and a full map of 698 tokens 23.5 kB (full last-layer states: 14.3 MB, or 7.1 MB in 16 bit). The
+extraction (laavit/teachers/engine.py) writes shards by itself, in any order and from several processes.
 """
 
 from __future__ import annotations
@@ -11,165 +11,23 @@ import hashlib
 import json
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 
 from laavit.files import remove_leftovers, write_bytes
 from laavit.registry import UserError, nearest
 from laavit.structures import Trace
 from laavit.traces import shards
-from laavit.traces.shards import SEMANTICS_DTYPES, Row
+from laavit.traces.schema import VERDICT_FEATURES, Row, decode, encode, storage, trace_features
+from laavit.traces.shards import Header, Record, Shard
 
 logger = logging.getLogger(__name__)
-
-
-class TraceWriter:
-    """Appends traces in the samples' order, and picks up where an interrupted run stopped.
-
-    A shard holds ``shard_size`` traces and is on disk as a whole or not at all; only ``close`` writes a shorter last
-    one, which a later run fills up first. A run that appends its samples in one fixed order, skipping those in
-    ``done``, therefore leaves the same bytes however often it was killed.
-
-    Args:
-        path: the store's folder, made if it does not exist.
-        header: what the traces were made with (teacher, weight hash, processor, prompts, settings), plain JSON data.
-            ``gaze_top_k`` (int or None, default None: the full map) and ``semantics_dtype`` ('float32' or 'float16',
-            default 'float32') in it decide what is stored; a key left out is written with its default.
-        shard_size: traces a shard.
-
-    Attributes:
-        done: ids of the samples whose traces are stored or buffered.
-
-    Raises:
-        UserError: another header or shard size than the store was begun with, another process writing, bad settings.
-    """
-
-    def __init__(self, path: str | Path, header: Mapping[str, Any], shard_size: int = 128) -> None:
-        self.path = Path(path)
-        if shard_size < 1:
-            raise UserError(f"shard_size is at least 1, got {shard_size}")
-        self.header = _complete_header(header)
-        self._top_k: int | None = self.header["gaze_top_k"]
-        self._dtype: str = self.header["semantics_dtype"]
-        self._features = shards.trace_features(self._dtype)
-        self._size = shard_size
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"the trace store's place '{self.path}' is a file")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise UserError(f"another process is writing to the trace store '{self.path}'") from error
-        self.done: set[str] = set()
-        self._width: int | None = None
-        self._complete: set[int] = set()
-        self._partial: dict[int, list[Row]] = {}
-        try:
-            self._open()
-        except UserError:
-            self._lock.release()
-            raise
-        self._index = 0
-        self._begin_shard()
-
-    def _open(self) -> None:
-        content: dict[str, Any] = {"schema": shards.SCHEMA, "shard_size": self._size, "header": self.header}
-        found = shards.read_header(self.path)
-        if found is None:
-            others = sorted(file.name for file in self.path.iterdir() if not file.name.startswith("."))
-            if others:
-                raise UserError(f"'{self.path}' is no trace store and not empty (it holds '{others[0]}')")
-            write_bytes(self.path / "header.json", shards.canonical(content))
-        else:
-            there, here = ({"shard_size": c["shard_size"], **c["header"]} for c in (found, content))
-            if parts := shards.differences(there, here, subset=False):
-                raise UserError(f"the trace store '{self.path}' was begun with other settings: {'; '.join(parts)}")
-        remove_leftovers(self.path)
-        for index in shards.shard_indices(self.path):
-            self._take(index)
-
-    def _take(self, index: int) -> None:
-        """Count one shard's samples as done, or drop it to be done again."""
-        path, record = shards.shard_path(self.path, index), shards.shard_record(self.path, index)
-        if record is None:
-            logger.warning("dropping the unfinished or damaged shard %s: its samples are extracted again", path.name)
-            path.unlink(missing_ok=True)
-            path.with_suffix(".json").unlink(missing_ok=True)
-            return
-        rows = shards.table_rows(Dataset.from_file(str(path), in_memory=True).data.table)
-        self.done.update(row["sample_id"] for row in rows)
-        self._width = len(rows[0]["semantics"])
-        if record["count"] == self._size:
-            self._complete.add(index)
-        else:
-            self._partial[index] = rows
-
-    def _begin_shard(self) -> None:
-        while self._index in self._complete:
-            self._index += 1
-        self._rows = self._partial.pop(self._index, [])
-        self._changed = False
-
-    def append(self, trace: Trace) -> None:
-        """Add one trace; every ``shard_size``-th one writes a shard.
-
-        Raises:
-            UserError: the sample is there already, or the trace does not fit (shapes, non-finite figures).
-        """
-        self.extend([trace])
-
-    def extend(self, traces: Iterable[Trace]) -> None:
-        """Add a batch of traces: all of them, or none where one of them does not fit.
-
-        Raises:
-            UserError: as ``append``.
-        """
-        rows: dict[str, Row] = {}
-        width = self._width
-        for trace in traces:
-            if trace.sample_id in self.done or trace.sample_id in rows:
-                raise UserError(f"the trace store '{self.path}' already holds sample '{trace.sample_id}'")
-            row = shards.encode(trace, self._top_k, self._dtype)
-            if width not in (None, len(row["semantics"])):
-                raise UserError(
-                    f"the semantics of sample '{trace.sample_id}' are {len(row['semantics'])} wide, the store's {width}"
-                )
-            width, rows[trace.sample_id] = len(row["semantics"]), row
-        self._width = width
-        for sample_id, row in rows.items():
-            self._rows.append(row)
-            self._changed = True
-            self.done.add(sample_id)
-            if len(self._rows) == self._size:
-                self._flush()
-                self._complete.add(self._index)
-                self._begin_shard()
-
-    def _flush(self) -> None:
-        shards.write_shard(self.path, self._index, self._rows, self._features)
-
-    def close(self) -> None:
-        """Write what is buffered as a shorter shard and release the store."""
-        if self._lock.is_locked:
-            if self._changed:
-                self._flush()
-                self._changed = False
-            self._lock.release()
-
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Also after an error: what was extracted is right, and a shorter shard is filled up by the next run.
-        self.close()
 
 
 class TraceStore(Sequence[Trace]):
@@ -178,51 +36,66 @@ class TraceStore(Sequence[Trace]):
     Args:
         path: the store's folder.
         verify: compare every shard with its recorded SHA-256 (about a second for 2 GB), not only its size.
+        complete: False opens a store of which shards are missing or damaged (``missing`` says which) without them.
+
+    Attributes:
+        header: what the traces were made with (teacher, weights, processor, prompts, settings, versions, data).
+        ids: the samples that have a trace, in the data's order.
+        quarantined: the samples that were put aside, and why.
+        planned: how many samples the store is about. missing: shard number -> what is wrong with it.
 
     Raises:
-        UserError: no store there, another schema version, a damaged or missing shard.
+        UserError: no store there, another schema version, a damaged or missing shard, a sample twice.
     """
 
-    def __init__(self, path: str | Path, verify: bool = True) -> None:
+    def __init__(self, path: str | Path, verify: bool = True, complete: bool = True) -> None:
         self.path = Path(path)
         content = shards.read_header(self.path)
         if content is None:
             raise UserError(f"there is no trace store at '{self.path}'")
-        self.header: dict[str, Any] = content["header"]
-        self._content = content
-        self._records = []
-        indices = shards.shard_indices(self.path)
-        for index in range(indices[-1] + 1 if indices else 0):
-            record = shards.shard_record(self.path, index, verify)
-            if record is None:
-                name = shards.shard_path(self.path, index).name
-                raise UserError(f"the trace store '{self.path}' has a missing or damaged {name}: resume the extraction")
-            self._records.append(record)
-        files = [str(shards.shard_path(self.path, index)) for index in range(len(self._records))]
-        self._rows = concatenate_datasets([Dataset.from_file(file) for file in files]) if files else None
-        table = self._rows.data.table if self._rows is not None else None
-        self.ids: tuple[str, ...] = tuple(table.column("sample_id").to_pylist()) if table is not None else ()
+        self._header = content
+        self.header: dict[str, Any] = content.content
+        self.planned = content.count
+        self._top_k, self._dtype = storage(self.header)
+        self._records: dict[int, Record] = {}
+        self.missing: dict[int, str] = {}
+        for index in range(content.shards):
+            record = shards.read_record(self.path, index, verify)
+            if isinstance(record, str):
+                self.missing[index] = record
+            else:
+                self._records[index] = record
+        if complete and self.missing:
+            raise UserError(f"the trace store '{self.path}' {_lacks(self.path, self.missing, content)}")
+        self._shards = [Shard(shards.shard_path(self.path, index)) for index in self._records]
+        self._stops = list(accumulate(record.count for record in self._records.values()))
+        self.ids: tuple[str, ...] = tuple(key for shard in self._shards for key in shard.ids())
         self._places = {key: place for place, key in enumerate(self.ids)}
-        self._arrow = self._rows.with_format("arrow") if self._rows is not None else None
+        if len(self._places) != len(self.ids):
+            twice = next(key for place, key in enumerate(self.ids) if self._places[key] != place)
+            raise UserError(f"the trace store '{self.path}' holds sample '{twice}' twice")
+        aside = (record.quarantined for record in self._records.values())
+        self.quarantined: dict[str, str] = {key: reason for part in aside for key, reason in part.items()}
         self._verdicts: dict[str, dict[str, tuple[bool, float]]] = {}
         for file in sorted((self.path / "verdicts").glob("[!.]*.arrow")):
-            columns = Dataset.from_file(str(file), in_memory=True).data.table.to_pydict()
-            pairs = zip(columns["verdict"], columns["score"], strict=True)
-            self._verdicts[file.stem] = dict(zip(columns["sample_id"], pairs, strict=True))
+            rows = shards.read_rows(file)
+            self._verdicts[file.stem] = {row["sample_id"]: (row["verdict"], row["score"]) for row in rows}
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Trace:  # type: ignore[override]
-        if self._arrow is None or not -len(self) <= index < len(self):
+        if not -len(self) <= index < len(self):
             raise IndexError(f"trace {index} of {len(self)}")
-        (row,) = shards.table_rows(self._arrow[index])
+        place = index % len(self)
+        number = bisect_right(self._stops, place)
+        row = self._shards[number].row(place - (self._stops[number - 1] if number else 0))
         for name, column in self._verdicts.items():
             if row["sample_id"] in column:
                 verdict, score = column[row["sample_id"]]
                 _put(row, "verdict", name, verdict)
                 _put(row, "score", name, score)
-        return shards.decode(row, sparse=self.header["gaze_top_k"] is not None)
+        return decode(row, self._top_k is not None, self._dtype)
 
     def __iter__(self) -> Iterator[Trace]:
         return (self[place] for place in range(len(self)))
@@ -233,7 +106,10 @@ class TraceStore(Sequence[Trace]):
     def get(self, sample_id: str) -> Trace:
         """The trace of a sample; a ``UserError`` names the id and the store where there is none."""
         if sample_id not in self._places:
-            raise UserError(f"the trace store '{self.path}' has no trace of sample '{sample_id}' ({len(self)} traces)")
+            why = f"it was put aside: {self.quarantined[sample_id]}" if sample_id in self.quarantined else ""
+            raise UserError(
+                f"the trace store '{self.path}' has no trace of sample '{sample_id}' ({why or f'{len(self)} traces'})"
+            )
         return self[self._places[sample_id]]
 
     def require(self, sample_ids: Iterable[str]) -> None:
@@ -294,14 +170,14 @@ class TraceStore(Sequence[Trace]):
         rows = [{"sample_id": key, "verdict": verdict, "score": score} for key, (verdict, score) in column.items()]
         folder = self.path / "verdicts"
         folder.mkdir(exist_ok=True)
-        write_bytes(folder / f"{name}.arrow", shards.stream_bytes(rows, shards.VERDICT_FEATURES))
+        write_bytes(folder / f"{name}.arrow", shards.stream_bytes(rows, VERDICT_FEATURES))
         self._verdicts[name] = column
 
     def digest(self, verdicts: Sequence[str] = ()) -> str:
         """SHA-256 over the header, all shards, and the named filters' columns: what a run has to note down."""
-        total = hashlib.sha256(shards.canonical(self._content))
-        for record in self._records:
-            total.update(record["sha256"].encode())
+        total = hashlib.sha256(shards.canonical(self._header.as_json()))
+        for record in self._records.values():
+            total.update(record.sha256.encode())
         for name in sorted(verdicts):
             column = [(key, *self._column(name)[key]) for key in self.ids if key in self._column(name)]
             total.update(shards.canonical([name, column]))
@@ -309,7 +185,7 @@ class TraceStore(Sequence[Trace]):
 
     def bytes_per_sample(self) -> float:
         """Size of the shards on disk over the number of traces."""
-        return sum(record["bytes"] for record in self._records) / max(len(self), 1)
+        return sum(record.bytes for record in self._records.values()) / max(len(self), 1)
 
 
 def _put(row: Row, kind: str, name: str, value: Any) -> None:
@@ -322,15 +198,149 @@ def _put(row: Row, kind: str, name: str, value: Any) -> None:
         values.append(value)
 
 
-def _complete_header(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The header as JSON will give it back, with the storage settings filled in and checked."""
-    try:
-        full = json.loads(json.dumps({"gaze_top_k": None, "semantics_dtype": "float32", **header}, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the header of a trace store is plain JSON data: {error}") from error
-    k, dtype = full["gaze_top_k"], full["semantics_dtype"]
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-        raise UserError(f"gaze_top_k is a whole number of at least 1 or none, got {k!r}")
-    if dtype not in SEMANTICS_DTYPES:
-        raise UserError(f"semantics_dtype is {dtype!r}; {nearest(str(dtype), SEMANTICS_DTYPES)}")
-    return full
+def _lacks(folder: Path, missing: Mapping[int, str], header: Header) -> str:
+    """What an incomplete store lacks, as a part of a sentence."""
+    first = "; ".join(f"{shards.shard_path(folder, i).name} ({why})" for i, why in list(missing.items())[:3])
+    more = ", ..." if len(missing) > 3 else ""
+    return f"lacks {len(missing)} of its {header.shards} shards: {first}{more}: run the extraction again to fill it up"
+
+
+def verify(path: str | Path) -> dict[str, str]:
+    """Everything that is wrong with a store, file -> what; empty where all is well.
+
+    Finds missing, unfinished, truncated and changed shards, shards whose samples are not those of their record, samples
+    that are there twice, and files that belong to no planned shard.
+
+    Raises:
+        UserError: there is no store, or its header is broken or of another schema version.
+    """
+    folder = Path(path)
+    header = shards.read_header(folder)
+    if header is None:
+        raise UserError(f"there is no trace store at '{folder}'")
+    found: dict[str, str] = {}
+    seen: dict[str, str] = {}
+    for index in range(header.shards):
+        name, record = shards.shard_path(folder, index).name, shards.read_record(folder, index)
+        if isinstance(record, str):
+            found[name] = record
+            continue
+        ids = Shard(folder / name).ids()
+        planned = min(header.shard_size, header.count - index * header.shard_size)
+        if len(ids) != record.count or len(ids) + len(record.quarantined) != planned:
+            found[name] = f"holds {len(ids)} traces and {len(record.quarantined)} put aside, of {planned} samples"
+        elif not record.quarantined and shards.ids_digest(ids) != record.samples:
+            found[name] = "holds other samples than planned, or in another order"
+        for key in (*ids, *record.quarantined):
+            if key in seen:
+                found[name] = f"sample '{key}' is in {seen[key]} too"
+            seen[key] = name
+    for index in shards.shard_indices(folder):
+        if index >= header.shards:
+            found[shards.shard_path(folder, index).name] = f"is beyond the {header.shards} planned shards"
+    return found
+
+
+class TraceWriter:
+    """Writes traces one after another into a new store (a subset, a conversion); its header comes last, at ``close``.
+
+    Args:
+        path: the store's folder, made if it does not exist, empty if it does.
+        header: what the traces were made with, plain JSON data. ``gaze_top_k`` (int or None, default None: the full
+            map) and ``semantics_dtype`` ('float32', 'float16' or 'bfloat16', default 'float32') in it decide what is
+            stored.
+        shard_size: samples a shard, those put aside included.
+
+    Raises:
+        UserError: the folder is not empty, another process is writing there, bad settings.
+    """
+
+    def __init__(self, path: str | Path, header: Mapping[str, Any], shard_size: int = 128) -> None:
+        self.path = Path(path)
+        if shard_size < 1:
+            raise UserError(f"shard_size is at least 1, got {shard_size}")
+        self.header = shards.complete_header(header)
+        self._top_k, self._dtype = storage(self.header)
+        self._features = trace_features(self._dtype)
+        self._size, self._ids, self._known = shard_size, list[str](), set[str]()
+        self._rows: list[Row] = []
+        self._aside: dict[str, str] = {}
+        self._width: int | None = None
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"the trace store's place '{self.path}' is a file")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise UserError(f"another process is writing to the trace store '{self.path}'") from error
+        others = sorted(file.name for file in self.path.iterdir() if not file.name.startswith("."))
+        if others:
+            self._lock.release()
+            raise UserError(f"the place of a new trace store, '{self.path}', is not empty (it holds '{others[0]}')")
+        remove_leftovers(self.path)
+
+    def append(self, trace: Trace) -> None:
+        """Add one trace.
+
+        Raises:
+            UserError: the sample is there already, or the trace does not fit (shapes, non-finite figures).
+        """
+        row = encode(trace, self._top_k, self._dtype)
+        width = len(row["semantics"]) // max(len(row["semantic_tokens"]), 1)
+        if self._width not in (None, width):
+            raise UserError(
+                f"the semantics of sample '{trace.sample_id}' are {width} wide, those of the store {self._width}"
+            )
+        self._take(trace.sample_id)
+        self._width = width
+        self._rows.append(row)
+        self._flush(full=True)
+
+    def extend(self, traces: Iterable[Trace]) -> None:
+        """Add traces; errors as ``append``."""
+        for trace in traces:
+            self.append(trace)
+
+    def quarantine(self, sample_id: str, reason: str) -> None:
+        """Add a sample that was put aside.
+
+        Raises:
+            UserError: the sample is there already.
+        """
+        self._take(sample_id)
+        self._aside[sample_id] = reason
+        self._flush(full=True)
+
+    def _take(self, sample_id: str) -> None:
+        if sample_id in self._known:
+            raise UserError(f"the trace store '{self.path}' already holds sample '{sample_id}'")
+        self._known.add(sample_id)
+        self._ids.append(sample_id)
+
+    def _flush(self, full: bool) -> None:
+        count = len(self._rows) + len(self._aside)
+        if count == self._size if full else count:
+            digest = shards.ids_digest(self._ids[-count:])
+            index = (len(self._ids) - 1) // self._size
+            shards.write_shard(self.path, index, self._rows, self._features, digest, self._aside)
+            self._rows, self._aside = [], {}
+
+    def close(self) -> None:
+        """Write what is buffered and the header."""
+        if self._lock.is_locked:
+            self._flush(full=False)
+            digest = shards.ids_digest(self._ids)
+            shards.write_header(self.path, Header(self._size, len(self._ids), digest, self.header))
+            self._lock.release()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:  # without its header the folder is no store
+            self._lock.release()

@@ -1,8 +1,7 @@
-"""The trace store: round trip, resuming to the same bits, damage, headers, verdict columns."""
+"""The trace store: round trip, sizes, damage, headers, holes, verdict columns."""
 
 import importlib.util
 import json
-import os
 import pickle
 import re
 import subprocess
@@ -12,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_dataset
 
-from laavit.files import TEMPORARY
 from laavit.registry import UserError
-from laavit.structures import Trace
+from laavit.structures import Step, Tile, Trace
 from laavit.traces import shards
 from laavit.traces.gaze import top_k
-from laavit.traces.store import TraceStore, TraceWriter
+from laavit.traces.store import TraceStore, TraceWriter, verify
 
 SCRIPT = Path(__file__).with_name("writing.py")
 _spec = importlib.util.spec_from_file_location("writing", SCRIPT)
@@ -26,116 +25,120 @@ assert _spec is not None and _spec.loader is not None
 writing = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(writing)
 contents = writing.contents
+KEPT = tuple(f"s{n}" for n in range(writing.COUNT) if n % 7 != 6)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "store"
-    writing.write(folder)
-    return folder
+def whole(tmp_path_factory):
+    return writing.write(tmp_path_factory.mktemp("whole") / "store").path
 
 
 def small(path, ids=("a", "b", "c"), header=None, size=2):
     with TraceWriter(path, header or {"teacher": "t"}, shard_size=size) as writer:
         for number, key in enumerate(ids):
-            if key not in writer.done:
-                writer.append(replace(writing.trace(number), sample_id=key))
+            writer.append(replace(writing.trace(number), sample_id=key))
     return TraceStore(path)
 
 
 def same(first: Trace, second: Trace) -> bool:
+    plain = ("sample_id", "answer", "tiles", "mass", "blind_answer", "verdicts", "scores")
+    steps = [[(step.text, step.group, step.gaze.tolist()) for step in trace.steps] for trace in (first, second)]
+    tokens = [None if t.semantic_tokens is None else t.semantic_tokens.tolist() for t in (first, second)]
     tensors = all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("gaze", "semantics"))
-    plain = ("sample_id", "answer", "tiles", "mass", "verdicts", "scores")
-    return tensors and all(getattr(first, name) == getattr(second, name) for name in plain)
+    equal = all(getattr(first, name) == getattr(second, name) for name in plain)
+    return tensors and equal and steps[0] == steps[1] and tokens[0] == tokens[1]
 
 
 def test_full_maps_come_back_bit_for_bit(tmp_path):
     given = replace(writing.trace(3), verdicts={"kept": True, "not": False}, scores={"kept": 0.25})
-    with TraceWriter(tmp_path, {}) as writer:
+    others = [writing.trace(n) for n in (0, 4, 5, 8, 10)] + [writing.trace(n, rows=2) for n in (12, 13, 20)]
+    with TraceWriter(tmp_path, {}, shard_size=4) as writer:
         writer.append(given)
-        writer.append(writing.trace(4))
+        writer.extend(others)
     store = TraceStore(tmp_path)
-    assert same(store.get("s3"), given) and same(store[1], writing.trace(4)) and same(store[-1], store[1])
+    assert all(map(same, store, [given, *others])) and len(store) == 9
+    assert {trace.blind_answer for trace in store} == {None, "", "guess 5"}
+    assert [len(trace.steps) for trace in store] == [0, 3, 3, 0, 3, 0, 3, 0, 3]
+    assert same(store[-1], store[8]) and same(store.get("s3"), given)
     assert store.header == {"gaze_top_k": None, "semantics_dtype": "float32"}
-    assert (
-        len(store) == 2 and "s3" in store and "s9" not in store and [trace.sample_id for trace in store] == ["s3", "s4"]
-    )
+    assert "s3" in store and "s9" not in store and verify(tmp_path) == {}
 
 
-def test_sparse_maps_come_back_dense(uninterrupted):
-    store = TraceStore(uninterrupted)
-    assert len(store) == writing.COUNT and store.ids == tuple(f"s{n}" for n in range(writing.COUNT))
-    for number in (0, 1, 77, writing.COUNT - 1):
-        trace, original = store[number], writing.trace(number)
+def test_one_row_of_semantics_is_not_a_pooled_one(tmp_path):
+    with TraceWriter(tmp_path, {}) as writer:
+        writer.append(writing.trace(1, rows=1))
+        writer.append(writing.trace(2))
+    store = TraceStore(tmp_path)
+    assert store[0].semantics.shape == (1, 32) and store[0].semantic_tokens.shape == (1,)
+    assert store[1].semantics.shape == (32,) and store[1].semantic_tokens is None
+
+
+def test_sparse_maps_come_back_dense(whole):
+    store = TraceStore(whole)
+    assert store.ids == KEPT and store.planned == writing.COUNT
+    for place in (0, 1, 50, 56, len(KEPT) - 1):
+        trace, original = store[place], writing.trace(int(KEPT[place][1:]))
         assert torch.equal(trace.gaze, top_k(original.gaze, 4)) and trace.gaze.dtype == torch.float32
         assert torch.equal(trace.semantics, original.semantics.half().float())
+        assert [torch.equal(s.gaze, top_k(o.gaze, 4)) for s, o in zip(trace.steps, original.steps, strict=True)] == [
+            True
+        ] * len(original.steps)
         assert trace.tiles == original.tiles and trace.answer == original.answer
+
+
+def test_semantics_in_sixteen_bits(tmp_path):
+    for dtype in ("float16", "bfloat16"):
+        with TraceWriter(tmp_path / dtype, {"semantics_dtype": dtype}) as writer:
+            writer.append(writing.trace(1, rows=2))
+        found = TraceStore(tmp_path / dtype)[0].semantics
+        assert found.dtype == torch.float32
+        assert torch.equal(found, writing.trace(1, rows=2).semantics.to(getattr(torch, dtype)).float())
+
+
+def test_quarantined_samples_are_told_with_their_reason(whole):
+    store = TraceStore(whole)
+    assert set(store.quarantined) == {f"s{n}" for n in range(writing.COUNT) if n % 7 == 6}
+    assert store.quarantined["s13"] == "no image 13" and "s13" not in store
+    with pytest.raises(UserError, match=r"'s13'.*put aside: no image 13"):
+        store.get("s13")
+    store.require(["s1", "s2"])
+
+
+def test_a_shard_of_nothing_but_quarantined_samples(tmp_path):
+    with TraceWriter(tmp_path, {}, shard_size=2) as writer:
+        writer.append(writing.trace(1))
+        for key in "abc":
+            writer.quarantine(key, "broken")
+        writer.append(writing.trace(2))
+        writer.quarantine("d", "broken")
+    store = TraceStore(tmp_path)
+    assert store.ids == ("s1", "s2") and list(store.quarantined) == ["a", "b", "c", "d"]
+    assert same(store[1], writing.trace(2)) and verify(tmp_path) == {}
+
+
+def test_datasets_reads_the_shards(whole):
+    files = sorted(str(path) for path in whole.glob("shard-*.arrow"))
+    found = load_dataset("arrow", data_files=files, split="train", cache_dir=str(whole.parent / "cache"))
+    assert tuple(found["sample_id"]) == KEPT and found[0]["mass"] == 0.0 and found[0]["tiles"] == [2, 3, 0, 4, 1, 1]
 
 
 def test_reading_gives_copies(tmp_path):
     store = small(tmp_path)
-    store[0].gaze.zero_()
-    assert store[0].gaze.sum() > 0
+    for tensor in (store[0].gaze, store[0].semantics, store[0].steps[0].gaze):
+        tensor.zero_()
+    assert all(float(t.abs().sum()) > 0 for t in (store[0].gaze, store[0].semantics, store[0].steps[0].gaze))
 
 
-def test_a_store_travels_to_a_worker_process(uninterrupted):
-    store = TraceStore(uninterrupted)
-    assert same(pickle.loads(pickle.dumps(store)).get("s5"), store.get("s5"))  # noqa: S301
+def test_a_store_travels_to_a_worker_process(whole):
+    store = TraceStore(whole)
+    assert store[3].gaze.sum() > 0
+    packed = pickle.dumps(store)
+    assert len(packed) < 40_000  # the columns stay where they are
+    assert same(pickle.loads(packed).get("s5"), store.get("s5"))  # noqa: S301
 
 
-@pytest.mark.parametrize("stops", [(1,), (16,), (17, 40), (5, 64, 149), (150,)])
-def test_closing_and_resuming_leaves_the_same_bits(tmp_path, uninterrupted, stops):
-    for stop in stops:
-        with TraceWriter(tmp_path / "store", writing.HEADER, shard_size=writing.SHARD) as writer:
-            for number in range(stop):
-                if f"s{number}" not in writer.done:
-                    writer.append(writing.trace(number))
-        assert len(TraceStore(tmp_path / "store")) == stop
-    writing.write(tmp_path / "store")
-    assert contents(tmp_path / "store") == contents(uninterrupted)
-
-
-class Death(BaseException):
-    """Stands in for a kill between two file operations."""
-
-
-@pytest.mark.parametrize("survived", range(0, 21, 2))
-def test_dying_at_any_move_leaves_the_same_bits(tmp_path, uninterrupted, monkeypatch, survived):
-    calls = 0
-
-    def replace_until(source, target):
-        nonlocal calls
-        calls += 1
-        if calls > survived:
-            raise Death
-        move(source, target)
-
-    move = os.replace
-    monkeypatch.setattr(os, "replace", replace_until)
-    close = TraceWriter.close
-    # A killed process closes nothing; its lock goes with it.
-    monkeypatch.setattr(TraceWriter, "close", lambda w: w._lock.release() if calls > survived else close(w))
-    with pytest.raises(Death):
-        writing.write(tmp_path / "store")
-    monkeypatch.undo()
-    writing.write(tmp_path / "store")
-    assert contents(tmp_path / "store") == contents(uninterrupted)
-    assert not list((tmp_path / "store").glob(f"{TEMPORARY}*"))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")
-def test_killed_at_random_moments_and_resumed(tmp_path, uninterrupted):
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "store"), "11"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
-    assert int(done.stdout) >= 3, "too few kills to mean anything"
-    assert contents(tmp_path / "store") == contents(uninterrupted)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no record", "record broken", "no shard", "empty"])
-@pytest.mark.parametrize("index", [0, 4, 9])
-def test_damaged_shards_are_found_and_done_again(tmp_path, uninterrupted, damage, index):
-    folder = tmp_path / "store"
-    writing.write(folder)
+def spoil(folder, index, damage):
+    """Damage one shard."""
     path = shards.shard_path(folder, index)
     whole = path.read_bytes()
     if damage == "no record":
@@ -144,34 +147,81 @@ def test_damaged_shards_are_found_and_done_again(tmp_path, uninterrupted, damage
         path.with_suffix(".json").write_text("{")
     elif damage == "no shard":
         path.unlink()
+    elif damage == "gone":
+        shards.drop_shard(folder, index)
     else:
         middle = len(whole) // 2
         flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
         path.write_bytes({"truncated": whole[:-9], "flipped": flipped, "empty": b""}[damage])
-    with pytest.raises(UserError, match=f"damaged shard-0000{index}"):
+
+
+SAID = {
+    "truncated": "truncated",
+    "flipped": "changed",
+    "no record": "unfinished",
+    "record broken": "its record cannot be read",
+    "no shard": "its file is missing",
+    "empty": "truncated",
+    "gone": "missing",
+}
+
+
+@pytest.mark.parametrize("damage", SAID)
+@pytest.mark.parametrize("index", [0, 4, 9])
+def test_damaged_shards_are_found(tmp_path, damage, index):
+    folder = writing.write(tmp_path / "store").path
+    spoil(folder, index, damage)
+    with pytest.raises(UserError, match=rf"lacks 1 of its 10 shards: shard-0000{index}.arrow \({SAID[damage]}"):
         TraceStore(folder)
-    with TraceWriter(folder, writing.HEADER, shard_size=writing.SHARD) as writer:
-        lost = {f"s{n}" for n in range(writing.COUNT) if n // writing.SHARD == index}
-        assert writer.done == {f"s{n}" for n in range(writing.COUNT)} - lost
-    writing.write(folder)
-    assert contents(folder) == contents(uninterrupted)
+    (name, what), *others = verify(folder).items()
+    assert not others and name == f"shard-0000{index}.arrow" and SAID[damage] in what
+    store = TraceStore(folder, complete=False)
+    assert list(store.missing) == [index] and SAID[damage] in store.missing[index]
+    assert store.ids == tuple(key for key in KEPT if int(key[1:]) // writing.SHARD != index)
+    assert store.planned == writing.COUNT and store[-1].sample_id == store.ids[-1]
 
 
-def test_another_header_is_refused_with_all_keys(tmp_path):
+def test_verify_finds_what_hashes_do_not(tmp_path, whole):
+    folder = writing.write(tmp_path / "store").path
+    shards.copy_shard(folder, folder, 3)
+    assert verify(folder) == {} and contents(folder) == contents(whole)
+    for suffix in (".arrow", ".json"):
+        (folder / f"shard-00012{suffix}").write_bytes((folder / f"shard-00001{suffix}").read_bytes())
+        (folder / f"shard-00004{suffix}").write_bytes((folder / f"shard-00001{suffix}").read_bytes())
+    found = verify(folder)
+    assert set(found) == {"shard-00004.arrow", "shard-00012.arrow"}
+    assert "is in shard-00001.arrow too" in found["shard-00004.arrow"] and "beyond the 10" in found["shard-00012.arrow"]
+    with pytest.raises(UserError, match="holds sample 's16' twice"):
+        TraceStore(folder)
+    spoil(folder, 9, "no record")
+    assert set(verify(folder)) == {"shard-00004.arrow", "shard-00009.arrow", "shard-00012.arrow"}
+    with pytest.raises(UserError, match="no trace store"):
+        verify(tmp_path)
+
+
+def test_a_short_or_swapped_shard_is_found(tmp_path):
+    with TraceWriter(tmp_path / "store", {}, shard_size=3) as writer:
+        writer.extend(writing.trace(n) for n in range(6))
+    features, digest = shards.Shard, shards.ids_digest(["s3", "s4", "s5"])
+    assert features(shards.shard_path(tmp_path / "store", 1)).ids() == ["s3", "s4", "s5"]
+    from laavit.traces.schema import encode, trace_features
+
+    rows = [encode(writing.trace(n), None, "float32") for n in (3, 5, 4)]
+    shards.write_shard(tmp_path / "store", 1, rows, trace_features("float32"), digest)
+    assert "other samples" in verify(tmp_path / "store")["shard-00001.arrow"]
+    shards.write_shard(tmp_path / "store", 1, rows[:2], trace_features("float32"), digest)
+    assert "holds 2 traces" in verify(tmp_path / "store")["shard-00001.arrow"]
+
+
+def test_a_recipe_that_expects_another_store_is_refused(tmp_path):
     header = {"teacher": "a", "prompt": {"system": "x", "order": "image_first"}, "rows": ("question",)}
-    small(tmp_path, header=header).check({"rows": ["question"], "prompt": {"order": "image_first"}})
-    small(tmp_path, header=header)  # the same one opens again
-    other = {"teacher": "b", "prompt": {"system": "x", "order": "question_first"}, "layers": 2}
+    store = small(tmp_path, header=header)
+    store.check({"rows": ["question"], "prompt": {"order": "image_first"}})
     with pytest.raises(UserError) as error:
-        TraceWriter(tmp_path, other, shard_size=2)
+        store.check({"teacher": "b", "prompt": {"order": "question_first"}, "rows": ["answer"], "layers": 2})
     for part in ("'teacher' is 'a' in the store and 'b' here", "'prompt.order'", "'rows'", "'layers' is missing"):
         assert part in str(error.value)
     assert "system" not in str(error.value)
-    with pytest.raises(UserError, match="'shard_size' is 2 in the store and 3 here"):
-        TraceWriter(tmp_path, header, shard_size=3)
-    with pytest.raises(UserError, match="'teacher' is 'a' in the store and 'c' here"):
-        TraceStore(tmp_path).check({"teacher": "c"})
-    TraceWriter(tmp_path, header, shard_size=2).close()  # a refusal leaves no lock behind
 
 
 @pytest.mark.parametrize(
@@ -201,7 +251,6 @@ with TraceWriter(sys.argv[1], {}):
         assert "another process" in str(error)
     else:
         sys.exit("a second writer was let in")
-TraceWriter(sys.argv[1], {}).close()
 """
 
 
@@ -219,16 +268,26 @@ def test_places_that_are_no_store(tmp_path):
         TraceWriter(tmp_path, {})
     with pytest.raises(UserError, match="is a file"):
         TraceWriter(tmp_path / "thesis.tex", {})
-    folder = tmp_path / "store"
-    small(folder)
+    folder = small(tmp_path / "store").path
+    with pytest.raises(UserError, match="not empty"):
+        TraceWriter(folder, {"teacher": "t"}, 2)
     header = json.loads((folder / "header.json").read_text())
-    (folder / "header.json").write_text(json.dumps(header | {"schema": 99}))
-    for opened in (TraceStore, lambda path: TraceWriter(path, {"teacher": "t"}, 2)):
-        with pytest.raises(UserError, match="schema 99"):
-            opened(folder)
-    (folder / "header.json").write_text("[]")
-    with pytest.raises(UserError, match="not the header"):
-        TraceStore(folder)
+    for version, said in ((1, "schema 1, written by an earlier version.*reads schema 2"), (99, "schema 99; this")):
+        (folder / "header.json").write_text(json.dumps(header | {"schema": version}))
+        with pytest.raises(UserError, match=said):
+            TraceStore(folder)
+    for broken in ("[]", "{", json.dumps(header | {"samples": 3}), json.dumps(header | {"header": 3})):
+        (folder / "header.json").write_text(broken)
+        with pytest.raises(UserError, match="not the header"):
+            TraceStore(folder)
+
+
+def test_a_writer_that_fails_leaves_no_store(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"), TraceWriter(tmp_path, {}) as writer:
+        writer.append(writing.trace(1))
+        raise RuntimeError("stop")
+    with pytest.raises(UserError, match="no trace store"):
+        TraceStore(tmp_path)
 
 
 def test_an_empty_store(tmp_path):
@@ -247,8 +306,14 @@ def test_an_empty_store(tmp_path):
         ({"gaze": torch.ones(5)}, r"shape \(5,\) for tiles .* \(6 tokens\)"),
         ({"gaze": torch.full((6,), float("nan"))}, "non-finite"),
         ({"gaze": -torch.ones(6)}, "negative"),
-        ({"semantics": torch.ones(31)}, "31 wide, the store's 32"),
+        ({"semantics": torch.ones(31)}, "31 wide, those of the store 32"),
         ({"semantics": torch.ones(2, 16)}, "one vector"),
+        ({"semantics": torch.ones(32), "semantic_tokens": torch.tensor([1])}, r"\[M, D\]"),
+        ({"semantics": torch.ones(2, 32), "semantic_tokens": torch.tensor([1])}, r"\[M, D\]"),
+        ({"semantics": torch.ones(1, 32), "semantic_tokens": torch.tensor([6])}, "token 6, and 6 image tokens"),
+        ({"semantics": torch.ones(1, 32), "semantic_tokens": torch.tensor([-1])}, "image tokens"),
+        ({"steps": (Step("a", "", torch.ones(5)),)}, r"step's gaze of shape \(5,\)"),
+        ({"steps": (Step("a", "", -torch.ones(6)),)}, "step's gaze map with negative"),
         ({"semantics": torch.full((32,), 1e6)}, "not finite as float16"),
         ({"mass": float("inf")}, "mass"),
     ],
@@ -311,9 +376,10 @@ def test_verdicts_that_do_not_fit(tmp_path):
     store.write_verdicts("correctness", full, scores)
     with pytest.raises(UserError, match="did you mean 'correctness'"):
         store.select(["corectness"])
-    grown = small(tmp_path, ids=("a", "b", "c", "d"))
+    grown = small(tmp_path / "grown", ids=("a", "b", "c", "d"))
+    (tmp_path / "verdicts").rename(grown.path / "verdicts")
     with pytest.raises(UserError, match="no verdict on sample 'd'"):
-        grown.select(["correctness"])
+        TraceStore(grown.path).select(["correctness"])
 
 
 def test_the_digest_names_the_content(tmp_path):
@@ -328,14 +394,32 @@ def test_the_digest_names_the_content(tmp_path):
     assert store.digest() == plain and len({plain, with_x, store.digest(["x"])}) == 3
 
 
-def test_bytes_of_a_sample_are_as_documented(tmp_path):
-    tokens, width = 36, 512
-    trace = Trace("s", "red", ((6, 6),), torch.rand(tokens), torch.randn(width), 0.5)
-    for name, header, expected in (
-        ("sparse", {"gaze_top_k": 8, "semantics_dtype": "float16"}, 2 * width + 8 * 8),
-        ("full", {}, 4 * width + 4 * tokens),
-    ):
-        with TraceWriter(tmp_path / name, header, shard_size=256) as writer:
-            for number in range(256):
-                writer.append(replace(trace, sample_id=f"{number}"))
-        assert expected < TraceStore(tmp_path / name).bytes_per_sample() < expected + 120
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("k", [None, 8])
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("parts", [False, True])
+def test_bytes_of_a_sample_are_as_documented(tmp_path, dtype, k, rows, steps, parts):
+    count, tokens, width = 64, 36, 128
+    region = (0.0, 0.0, 0.5, 1.0) if parts else (0.0, 0.0, 1.0, 1.0)
+    tiles = (Tile(4, 6, 0, region), Tile(3, 4, 1))
+    trace = Trace(
+        "s000",
+        "red",
+        tiles,
+        torch.rand(tokens),
+        torch.randn((rows, width) if rows else width),
+        0.5,
+        torch.arange(rows) if rows else None,
+        tuple(Step("word", "object", torch.rand(tokens)) for _ in range(steps)),
+        "blue",
+    )
+    with TraceWriter(tmp_path, {"gaze_top_k": k, "semantics_dtype": dtype}, shard_size=count) as writer:
+        for number in range(count):
+            writer.append(replace(trace, sample_id=f"s{number:03d}"))
+    maps = (8 * k if k else 4 * tokens) * (steps + 1)
+    states = (4 if dtype == "float32" else 2) * max(rows, 1) * width + 4 * rows
+    texts = len("s000redblue") + steps * len("wordobject")
+    documented = states + maps + 12 * 2 + (32 * 2 if parts else 0) + 76 + 8 * steps + texts
+    measured = (count * TraceStore(tmp_path).bytes_per_sample() - 5050) / count
+    assert abs(measured - documented) < 2, (measured, documented)

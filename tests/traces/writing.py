@@ -1,68 +1,48 @@
-"""A writer to be killed: ``python writing.py FOLDER SEED``, run to the end, or forked and killed again and again.
+"""Traces that differ in everything that a store keeps, and a store of them."""
 
-The driver forks after its imports, so that an attempt costs milliseconds instead of seconds.
-"""
-
-import os
-import random
-import signal
-import sys
-import time
 from pathlib import Path
 
 import torch
 
-from laavit.structures import Tile, Trace
-from laavit.traces.store import TraceWriter
+from laavit.structures import Step, Tile, Trace
+from laavit.traces.store import TraceStore, TraceWriter
 
 COUNT, SHARD, HEADER = 150, 16, {"teacher": "tiny", "gaze_top_k": 4, "semantics_dtype": "float16"}
 
 
-def trace(number: int) -> Trace:
+def trace(number: int, rows: int = 0) -> Trace:
+    """A trace; one in three has two tiles, one in four steps, one in five a blind answer; ``rows`` > 0: not pooled."""
     generator = torch.Generator().manual_seed(number)
-    tiles = (Tile(2, 3),) if number % 3 else (Tile(2, 3), Tile(4, 1, 1))
+    tiles = (Tile(2, 3),) if number % 3 else (Tile(2, 3, 0, (0.0, 0.0, 1 / 3, 1.0)), Tile(4, 1, 1))
+    cells = sum(tile.cells for tile in tiles)
+    words = ("red", "Würfel", "") if number % 4 == 0 else ()
+    steps = tuple(Step(word, "object" if word else "", torch.rand(cells, generator=generator)) for word in words)
+    shape = (rows, 32) if rows else (32,)
     return Trace(
         sample_id=f"s{number}",
         answer=f"answer {number} ü",
         tiles=tiles,
-        gaze=torch.rand(sum(tile.cells for tile in tiles), generator=generator),
-        semantics=torch.randn(32, generator=generator),
+        gaze=torch.rand(cells, generator=generator),
+        semantics=torch.randn(shape, generator=generator),
         mass=number / COUNT,
+        semantic_tokens=torch.randperm(cells, generator=generator)[:rows] if rows else None,
+        steps=steps,
+        blind_answer=None if number % 5 else f"guess {number}" if number % 10 else "",
     )
 
 
-def write(folder: Path, pause: float = 0.0) -> None:
+def write(folder: Path, count: int = COUNT) -> TraceStore:
+    """A store of ``count`` samples, every 7th of them put aside."""
     with TraceWriter(folder, HEADER, shard_size=SHARD) as writer:
-        for number in range(COUNT):
-            if f"s{number}" not in writer.done:
+        for number in range(count):
+            if number % 7 == 6:
+                writer.quarantine(f"s{number}", f"no image {number}")
+            else:
                 writer.append(trace(number))
-                time.sleep(pause)
+    return TraceStore(folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file that belongs to the store."""
     files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-def main() -> None:
-    folder, rng, kills = Path(sys.argv[1]), random.Random(int(sys.argv[2])), 0
-    torch.set_num_threads(1)
-    while True:
-        child = os.fork()
-        if child == 0:
-            write(folder, pause=0.001)
-            os._exit(0)
-        time.sleep(rng.uniform(0.002, 0.12))
-        if os.waitpid(child, os.WNOHANG)[0] == 0:
-            os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-            if os.WIFSIGNALED(status):
-                kills += 1
-                continue
-        break
-    sys.stdout.write(str(kills))
-
-
-if __name__ == "__main__":
-    main()
