@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from laavit.registry import TARGETS, UserError, nearest
 from laavit.structures import Encoded, Role, StudentOutput, Trace
 from laavit.targets.base import Target
+from laavit.traces.semantics import POOLINGS, pool
 
 ANCHORS = ("last", "mean", "all")
 
@@ -33,13 +34,28 @@ class ConceptTarget(Target):
         weight: lambda.
         anchor: which latents are h_z: the 'last' (App. C.2), their 'mean', or 'all' of them, each by itself.
         hidden: width of phi's middle; None is the student's own.
+        pooling: how V_sem is made of traces that hold rows (extract.semantics 'top_k_rows' or 'full'): 'gaze_top_k'
+            (weighted by the strongest gaze), 'gaze' (by all of it) or 'mean', over the rows there are. Traces whose
+            semantics are pooled already are taken as they are.
+        top_k: how many tokens 'gaze_top_k' keeps (paper: 8).
     """
 
-    def __init__(self, weight: float = 0.3, anchor: str = "last", hidden: int | None = None) -> None:
+    def __init__(
+        self,
+        weight: float = 0.3,
+        anchor: str = "last",
+        hidden: int | None = None,
+        pooling: str = "gaze_top_k",
+        top_k: int = 8,
+    ) -> None:
         super().__init__(weight)
         if anchor not in ANCHORS:
             raise UserError(f"anchor: got '{anchor}'; {nearest(anchor, ANCHORS)}")
-        self.anchor, self.hidden = anchor, hidden
+        if pooling not in POOLINGS:
+            raise UserError(f"pooling: got '{pooling}'; {nearest(pooling, POOLINGS)}")
+        if top_k < 1:
+            raise UserError(f"top_k is at least 1, got {top_k}")
+        self.anchor, self.hidden, self.pooling, self.top_k = anchor, hidden, pooling, top_k
         self.head: nn.Module = nn.Identity()
 
     def setup(self, width: int, depth: int, latents: int, header: Mapping[str, Any]) -> None:
@@ -52,7 +68,10 @@ class ConceptTarget(Target):
 
     def prepare(self, encoded: Encoded, trace: Trace | None) -> dict[str, Tensor]:
         assert trace is not None, "the data set hands a trace to every target that needs one"
-        return {"semantics": trace.semantics.float()}
+        semantics = trace.semantics.float()
+        if semantics.ndim == 2:
+            semantics = pool(semantics, trace.gaze, self.pooling, self.top_k, trace.semantic_tokens)
+        return {"semantics": semantics}
 
     def forward(self, output: StudentOutput, roles: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         latent = roles == Role.LATENT

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from laavit.registry import UserError
-from laavit.structures import Role, StudentOutput
+from laavit.structures import Role, Sample, StudentOutput, Tile, Trace
+from laavit.targets.base import stack
 from laavit.targets.concept import ConceptTarget, concept_loss
+from laavit.traces.semantics import POOLINGS, select
 
 WIDTH, TEACHER, LATENTS = 6, 5, 3
 
@@ -88,10 +90,61 @@ def test_the_head_stays_in_its_own_precision(parts: tuple[Tensor, Tensor, Tensor
     assert loss.dtype == torch.float32 and states.grad is not None and states.grad.abs().sum() > 0
 
 
+def rows_trace(states: Tensor, gaze: Tensor, semantics: str, k: int = 8) -> Trace:
+    """What the extraction stores of image states [N, D] under a setting of ``extract.semantics``."""
+    kept, tokens = select(states, gaze, semantics, k)
+    return Trace("a", "blue", (Tile(4, 5),), gaze, kept, 0.5, tokens)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_rows_are_pooled_as_the_extraction_would_have(pooling: str) -> None:
+    torch.manual_seed(1)
+    states, gaze = torch.randn(20, TEACHER), torch.rand(20)
+    target = ConceptTarget(pooling=pooling, top_k=6)
+    encoded: Any = None  # the student's sequence does not matter
+    full = target.prepare(encoded, rows_trace(states, gaze, "full"))["semantics"]
+    assert torch.equal(full, rows_trace(states, gaze, pooling, 6).semantics)
+    kept = target.prepare(encoded, rows_trace(states, gaze, "top_k_rows", 8))["semantics"]
+    strongest = gaze.argsort(descending=True)[:8]
+    scaled = (gaze - gaze.min()) / (gaze.max() - gaze.min() + 1e-8)
+    count = {"gaze_top_k": 6, "gaze": 8, "mean": 8}[pooling]
+    weights = torch.ones(8) if pooling == "mean" else scaled[strongest[:count]]
+    plain = (weights / weights.sum()) @ states[strongest[:count]]
+    torch.testing.assert_close(kept, plain)
+
+
+def test_pooled_traces_are_taken_as_they_are() -> None:
+    torch.manual_seed(1)
+    trace = rows_trace(torch.randn(20, TEACHER), torch.rand(20), "mean")
+    found = [ConceptTarget(pooling=each).prepare(None, trace)["semantics"] for each in POOLINGS]  # type: ignore[arg-type]
+    assert all(torch.equal(each, trace.semantics) for each in found)
+
+
+def test_gradients_are_alive_with_stored_rows(lab: Any, samples: list[Sample]) -> None:
+    """A whole step of a student: each pooling leads the latents elsewhere, and every trained part moves."""
+    model = lab.model({"concept": ConceptTarget()})
+    batch, moved = lab.batch(model, samples), {}
+    torch.manual_seed(2)
+    traces = [rows_trace(torch.randn(20, lab.width), torch.rand(20, dtype=torch.float64) ** 3, "full") for _ in samples]
+    for pooling in POOLINGS:
+        target = ConceptTarget(pooling=pooling)
+        batch.targets["concept"] = stack([target.prepare(None, trace) for trace in traces])  # type: ignore[arg-type]
+        model.zero_grad()
+        model(batch)["loss"].backward()
+        table = model.student.model.get_input_embeddings().weight.grad
+        latents = batch.input_ids[batch.roles == Role.LATENT].unique()
+        assert (table[latents].abs().sum(-1) > 0).all()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.targets.parameters())
+        moved[pooling] = table[latents].clone()
+    assert not torch.allclose(moved["gaze"], moved["mean"]) and not torch.allclose(moved["gaze"], moved["gaze_top_k"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"anchor": "lats"}, "did you mean 'last'"),
+        ({"pooling": "gaze_topk"}, "did you mean 'gaze_top_k'"),
+        ({"top_k": 0}, "at least 1"),
         ({"weight": -1.0}, "not negative"),
         ({"weight": math.nan}, "got nan"),
     ],
