@@ -17,6 +17,8 @@ from torch import Tensor
 
 from laavit.attention import AttentionContext
 from laavit.backbones import Backbone, PromptSettings, collate
+from laavit.gates import ConstantGate
+from laavit.model import gate_paths
 from laavit.structures import Encoded, Role, Sample, Span
 
 FAMILIES = ("llava_onevision", "internvl", "gemma3")
@@ -308,3 +310,28 @@ def _maps(backbone: Backbone, batch: Any) -> tuple[Tensor, ...]:
     vision = backbone.family.inputs(batch.vision) | backbone.family.text_inputs(batch.input_ids)
     out = backbone.model.model(input_ids=batch.input_ids, use_cache=False, output_attentions=True, **vision)
     return tuple(out.attentions)
+
+
+# --- what a gate closes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "crops"), [(name, False) for name in FAMILIES] + [("gemma3", True)])
+def test_a_closed_gate_leaves_no_way_around(opened: Callable[..., Backbone], family: str, crops: bool) -> None:
+    """Newlines, tile markers and chat markup after an image carry it past a closed answer, as the question does; they
+    are Role.OTHER, which the path question->image closes too. Then no answer depends on any pixel."""
+    backbone = opened(family, crops)
+    states = {}
+    for paths in (("answer->image",), ("answer->image", "question->image")):
+        for seed in (0, 1):
+            items = [
+                prompt(backbone, noise(200, 60, seed)),
+                prompt(backbone, noise(40, 44, seed), noise(90, 30, seed)),
+            ]
+            items = [backbone.builder(PromptSettings()).with_answer(item, "blue") for item in items]
+            batch = collate(items, backbone.family, backbone.tokenizer.pad_token_id)
+            gates = gate_paths(ConstantGate(0.0, paths), 0, batch.roles)
+            answers = batch.roles == Role.ANSWER
+            states[paths, seed] = backbone.forward(batch, AttentionContext(paths=gates))[answers]
+    alone, both = (("answer->image",), ("answer->image", "question->image"))
+    assert (states[alone, 0] - states[alone, 1]).abs().max() > 1e-3
+    torch.testing.assert_close(states[both, 0], states[both, 1], rtol=1e-10, atol=1e-10)

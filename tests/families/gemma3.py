@@ -85,6 +85,7 @@ def build(family: str, seed: int) -> tuple[Any, Any]:
             "pad_token_id": ids["<pad>"],
             "eos_token_id": ids["<eos>"],
             "bos_token_id": ids["<bos>"],
+            "tie_word_embeddings": False,
         },
         vision_config={
             "hidden_size": 32,
@@ -99,6 +100,7 @@ def build(family: str, seed: int) -> tuple[Any, Any]:
         boi_token_index=ids["<start_of_image>"],
         eoi_token_index=ids["<end_of_image>"],
         image_token_index=ids["<image_soft_token>"],
+        tie_word_embeddings=False,  # the real one's are tied: a random model would then say its last word again
     )
     model = Gemma3ForConditionalGeneration(config)
     spread(model, seed)
