@@ -14,16 +14,16 @@ medians of repeats that take turns between the ways, so that a busy machine slow
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from measuring import Worker, answer, asked, peak_of, write_results
 
 WAYS = ("ours", "plain", "eager")
 WORKS = ("extraction", "training")
@@ -69,7 +69,8 @@ def inputs_of(model: Any, tokens: int) -> dict[str, Any]:
     height = max(h for h in range(1, math.isqrt(tokens) + 1) if tokens % h == 0)
     ids = torch.arange(TEXT + tokens) % 500 + 20
     ids[BEFORE : BEFORE + tokens] = IMAGE_TOKEN
-    family = family_of(model.config)
+    # No text is tokenised here: all that the family reads of a processor is what stands for an image.
+    family = family_of(model.config, SimpleNamespace(image_token="<|image_pad|>"))
     grid = torch.tensor([[1, 2 * height, 2 * tokens // height]])
     device, kind = model.device, model.dtype
     features = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)).to(device, kind)
@@ -149,36 +150,6 @@ def make_pass(way: str, work: str, model: Any, tokens: int) -> Callable[[], floa
     return extraction if work == "extraction" else training
 
 
-def peak_of(run: Callable[[], float], device: str) -> tuple[int, float]:
-    """Peak memory of one pass over what is in use before it, in bytes, and the pass's figure."""
-    if device != "cpu":
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        figure = run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, figure
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")  # the high-water mark starts again at what is resident now
-    before = high_water()
-    figure = run()
-    return high_water() - before, figure
-
-
-def high_water() -> int:
-    """Highest resident size of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
-    import resource  # ru_maxrss is in bytes on macOS, in kilobytes elsewhere
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def worker(options: argparse.Namespace) -> None:
     """Answer every line of stdin with one measurement: ``memory`` or ``time``."""
     import torch
@@ -189,8 +160,8 @@ def worker(options: argparse.Namespace) -> None:
     model = build(way, options.device, options.dtype)
     make_pass(way, work, model, 64)()  # kernels and libraries are loaded before anything is measured
     run = make_pass(way, work, model, tokens)
-    for line in sys.stdin:
-        if line.strip() == "memory":
+    for what in asked():
+        if what == "memory":
             value, figure = peak_of(run, options.device)
         else:
             begin = time.perf_counter()
@@ -198,58 +169,33 @@ def worker(options: argparse.Namespace) -> None:
             if options.device != "cpu":
                 torch.cuda.synchronize()
             value = time.perf_counter() - begin
-        sys.stdout.write(json.dumps([value, figure]) + "\n")
-        sys.stdout.flush()
+        answer([value, figure])
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
-class Way:
-    """A worker process that measures when asked."""
-
-    def __init__(self, way: str, work: str, tokens: int, options: argparse.Namespace, large_blocks: bool) -> None:
-        command = [sys.executable, __file__, "--worker", way, work, "--tokens", str(tokens)]
-        command += ["--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        if large_blocks:  # freed tensors go back to the system at once, so that the peak is of tensors in use
-            environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def measure(self, what: str) -> tuple[float, float]:
-        """(seconds or bytes, the pass's figure)."""
-        assert self.process.stdin is not None and self.process.stdout is not None, "both are pipes"
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the worker stopped with exit code {self.process.wait()}")
-        value, figure = json.loads(line)
-        return value, figure
-
-    def close(self) -> None:
-        """Let the worker end."""
-        assert self.process.stdin is not None, "it is a pipe"
-        self.process.stdin.close()
-        self.process.wait()
+def start(way: str, work: str, tokens: int, options: argparse.Namespace, large_blocks: bool) -> Worker:
+    """A worker of one way."""
+    command = [__file__, "--worker", way, work, "--tokens", str(tokens)]
+    command += ["--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]
+    return Worker(command, options.threads, large_blocks)
 
 
 def compare(work: str, tokens: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a way: median seconds, peak bytes, both as ratios to plain."""
     found: dict[str, dict[str, Any]] = {}
     for way in WAYS:
-        alone = Way(way, work, tokens, options, large_blocks=True)
-        peak, figure = alone.measure("memory")
+        alone = start(way, work, tokens, options, large_blocks=True)
+        peak, figure = alone.ask("memory")
         alone.close()
         found[way] = {"work": work, "tokens": tokens, "way": way, "bytes": int(peak), "figure": figure, "times": []}
-    workers = {way: Way(way, work, tokens, options, large_blocks=False) for way in WAYS}
+    workers = {way: start(way, work, tokens, options, large_blocks=False) for way in WAYS}
     for way in WAYS:
-        workers[way].measure("time")  # the first pass also pays for the allocator's growth
+        workers[way].ask("time")  # the first pass also pays for the allocator's growth
     for _ in range(options.repeats):
         for way in WAYS:
-            found[way]["times"].append(workers[way].measure("time")[0])
+            found[way]["times"].append(workers[way].ask("time")[0])
     for one in workers.values():
         one.close()
     for row in found.values():
@@ -311,15 +257,8 @@ def main() -> int:
             sys.stderr.write(table(rows[-len(WAYS) :]).split("\n", 2)[2] + "\n")  # each case as it is done
     sys.stdout.write(table(rows) + "\n")
     if options.out is not None:
-        import torch
-        import transformers
-
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        about = {"torch": torch.__version__, "transformers": transformers.__version__, "device": options.device}
-        about |= {"dtype": options.dtype, "threads": options.threads, "repeats": options.repeats, "load": load}
-        temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, options.out)
+        about = {"device": options.device, "dtype": options.dtype}
+        write_results(options.out, about | {"threads": options.threads, "repeats": options.repeats}, rows)
     return 0
 
 
