@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,14 @@ def write_tiny_model(folder: Path, layers: int = 3, seed: int = 0, spare: int = 
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Indexes of data sets are kept in a folder of the tests', for the commands that they start, too."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["LAAVIT_CACHE"] = str(folder)
     return folder
 
 

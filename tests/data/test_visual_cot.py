@@ -1,8 +1,9 @@
 """The Visual-CoT reader: both published forms, boxes, ids, paths, and a corpus of bad inputs."""
 
+import importlib.util
 import json
-import math
 import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,44 +12,11 @@ from laavit.data.visual_cot import VisualCoT
 from laavit.registry import DATASETS, UserError
 from laavit.structures import Box
 
-REQUEST = " Please provide the bounding box coordinate of the region that can help you answer the question better."
-
-
-def four(question_id=1, path="cot/a.png", pixels="[10, 10, 50, 40]", box="[0.1, 0.2, 0.5, 0.8]", **changes):
-    """A record as viscot_363k.json has them, of a 100 x 50 image."""
-    record = {
-        "dataset": "flickr30k",
-        "split": "train",
-        "question_id": question_id,
-        "image": [path, f"{path}###{pixels}"],
-        "conversations": [
-            {"from": "human", "value": f"<image>\nWhat does the child wear?{REQUEST}"},
-            {"from": "gpt", "value": box},
-            {"from": "human", "value": "<image>"},
-            {"from": "gpt", "value": "Blue shorts."},
-        ],
-    }
-    return record | changes
-
-
-def two(question_id=1, path="cot/a.png", **changes):
-    """A record of the short form."""
-    record = {
-        "dataset": "flickr30k",
-        "split": "train",
-        "question_id": question_id,
-        "image": [path],
-        "conversations": [
-            {"from": "human", "value": "<image>\nWhat does the child wear?\nProvide a short and direct response."},
-            {"from": "gpt", "value": "<lvr>\n<answer> Blue shorts. </answer>"},
-        ],
-        "bboxes": [[0.1, 0.2, 0.5, 0.8]],
-    }
-    return record | changes
-
-
-def talk(*values):
-    return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+_spec = importlib.util.spec_from_file_location("corpus", Path(__file__).with_name("corpus.py"))
+assert _spec is not None and _spec.loader is not None
+corpus = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(corpus)
+REQUEST, four, two, talk = corpus.REQUEST, corpus.four, corpus.two, corpus.talk
 
 
 @pytest.fixture
@@ -164,65 +132,6 @@ def test_the_header_is_enough(read, root):
     assert read([record])[0].boxes == (Box(0.1, 0.2, 0.5, 0.8, 0),)
 
 
-BAD = {
-    "broken JSON": ('[{"a": 1', "not valid JSON"),
-    "empty file": ("", "not valid JSON"),
-    "no list": ({"results": []}, "list of Visual-CoT records"),
-    "no records": ([], "holds no records"),
-    "record is a text": (["x"], "record 0"),
-    "record is null": ([four(), None], "record 1"),
-    "deep nesting": ("[" * 200_000, "nested too deeply|not valid JSON"),
-    "no id": ([{k: v for k, v in four().items() if k != "question_id"}], "'question_id' is None"),
-    "id of another type": ([four([1])], "'question_id'"),
-    "id is true": ([four(True)], "'question_id'"),
-    "dataset is a number": ([four(dataset=3)], "'dataset'"),
-    "duplicate": ([four(7), four(8), four(7)], "'flickr30k-train-7'.*record 0.*record 2"),
-    "image is null": ([four(image=None)], "'image'"),
-    "image is an empty list": ([four(image=[])], "'image'"),
-    "image holds a number": ([four(image=["a.png", 3])], "'image'"),
-    "empty path": ([four(image=[""])], "path is empty"),
-    "null character": ([four(path="cot/\0a.png")], "null character"),
-    "absolute path": ([four(path="/etc/passwd")], "is absolute or"),
-    "climbing path": ([four(path="cot/../../a.png")], "is absolute or"),
-    "windows path": ([four(path="C:\\a.png")], "is absolute or"),
-    "backslash climb": ([four(path="cot\\..\\..\\a.png")], "is absolute or"),
-    "pixel box broken": ([four(pixels="[1, 2")], "not of the form"),
-    "pixel box of three": ([four(pixels="[1, 2, 3]")], "not four numbers"),
-    "no turns": ([four(conversations=None)], "'conversations' has nothing"),
-    "three turns": ([four(conversations=talk("q", "[0,0,1,1]", "a"))], "3 turns"),
-    "turn is a text": ([four(conversations=["q", "a"])], "turn 1"),
-    "speakers swapped": ([four(conversations=talk("q", "a")[::-1])], "turn 1"),
-    "value is a list": ([four(conversations=[{"from": "human", "value": ["q"]}, {}])], "turn 1"),
-    "empty question": ([four(conversations=talk("<image>\n" + REQUEST, "[0,0,1,1]", "", "a"))], "question is empty"),
-    "empty answer": ([two(conversations=talk("q?", "<answer> </answer>"))], "answer is empty"),
-    "no box": ([four(box="I cannot tell")], "no box"),
-    "box of words": ([four(box="[a, b, c, d]")], "not four numbers"),
-    "box of five": ([four(box="[0, 0, 1, 1, 1]")], "not four numbers"),
-    "NaN": ([four(box="[nan, 0, 1, 1]")], "not finite"),
-    "infinity": ([four(box="[0, 0, 1, 1e999]")], "not finite"),
-    "inverted": ([four(box="[0.5, 0, 0.4, 1]")], "inverted"),
-    "too far out": ([four(box="[0, 0, 1.02, 1]")], "1 % past"),
-    "far below zero": ([four(box="[-0.02, 0, 1, 1]")], "1 % past"),
-    "outside altogether": ([two(bboxes=[[1.001, 0, 1.005, 1]])], "no area"),
-    "flat": ([two(bboxes=[[0.5, 0, 0.5, 1]])], "no area"),
-    "bboxes is a text": ([two(bboxes="[0,0,1,1]")], "'bboxes'"),
-    "bboxes of texts": ([two(bboxes=[["0", "0", "1", "1"]])], "not four numbers"),
-    "bboxes with NaN": ([two(bboxes=[[math.nan, 0, 1, 1]])], "not finite"),
-    "bboxes of a huge number": ([two(bboxes=[[0, 0, 10**400, 1]])], "not four numbers"),
-    "box count differs": ([four(box="[0, 0, 1, 1] [0, 0, 0.5, 1]")], "2 normalised boxes"),
-    "box on which image": ([two(image=["cot/a.png", "cot/b.png"])], "on which of the 2 images"),
-}
-
-
-@pytest.mark.parametrize("case", BAD, ids=list(BAD))
-def test_bad_input_is_one_clear_sentence(read, case):
-    records, message = BAD[case]
-    with pytest.raises(UserError, match=message) as error:
-        read(records)
-    assert "\n" not in str(error.value) or case == "broken JSON"
-    assert isinstance(records, str) or "annotations.json" in str(error.value)
-
-
 LATE = {
     "missing image": (four(path="cot/none.png"), "no image 'cot/none.png'"),
     "image is a folder": (four(path="cot"), "no image 'cot'"),
@@ -251,12 +160,11 @@ def test_bad_arguments(read, tmp_path, root):
     for limit in (0, -1, True, 1.5):
         with pytest.raises(UserError, match="limit"):
             read([four()], limit=limit)
+        with pytest.raises(UserError, match="max_characters"):
+            read([four()], max_characters=limit)
     with pytest.raises(UserError, match="does not exist"):
         VisualCoT(tmp_path / "none.json", root)
     with pytest.raises(UserError, match="image folder"):
         VisualCoT(tmp_path / "annotations.json", tmp_path / "none")
-    (tmp_path / "latin.json").write_bytes(b'["\xff"]')
-    with pytest.raises(UserError, match="not valid JSON"):
-        VisualCoT(tmp_path / "latin.json", root)
     with pytest.raises(UserError, match="cannot be read"):
         VisualCoT(tmp_path, root)
