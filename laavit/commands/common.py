@@ -99,14 +99,6 @@ def data_card(recipe: Recipe) -> dict[str, Any]:
     return spec
 
 
-def checked_data(recipe: Recipe) -> Any:
-    """The recipe's samples, every image file looked at, so that hours of work do not end at a missing one."""
-    samples = recipe.build("data")
-    if hasattr(samples, "check"):
-        samples.check()
-    return samples
-
-
 def checkpoint_of(run: Path) -> Path:
     """The newest complete checkpoint of a run folder.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from laavit.commands.common import checked_data, data_card, parse_recipe, recipe_parser
+from laavit.commands.common import data_card, parse_recipe, recipe_parser
 from laavit.data.aligned import AlignedDataset, Collate, TraceSettings, select
 from laavit.recipe import Recipe
 from laavit.registry import UserError
@@ -39,10 +39,9 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     traces: TraceSettings = recipe.build("traces")
     needs_store = bool(recipe.config["targets"]) or bool(traces.select)
     store = open_store(traces, recipe) if needs_store else None
-    samples = checked_data(recipe)
-    if store is not None:  # before anything is selected: a sample without a trace is missing, not filtered out
-        store.require(sample.id for sample in samples)
-    samples = select(samples, store, traces.select)
+    samples = select(recipe.build("data"), store, traces.select)
+    if hasattr(samples, "check"):  # every image file is looked at, so that hours of work do not end at a missing one
+        samples.check()
     model = build_model(recipe, store.header if store is not None else {})
     student = model.student
     cache = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,6 +20,8 @@ from laavit.registry import SETTINGS, UserError
 from laavit.structures import Batch, Encoded, Sample
 from laavit.targets.base import Target, stack
 from laavit.traces.store import TraceStore
+
+logger = logging.getLogger(__name__)
 
 
 @SETTINGS.register_module(name="traces")
@@ -36,7 +42,60 @@ class TraceSettings:
     keep: bool = False
 
 
+NOTHING = "there is no sample to train on: the data set is empty, or no sample passes the selected filters"
 Item = tuple[Encoded, dict[str, dict[str, Tensor]]]
+
+
+def ids_of(samples: Sequence[Sample]) -> Sequence[str]:
+    """Every sample's id, in order; a reader that has ``ids`` is not asked for its samples (and their image files)."""
+    known: Sequence[str] | None = getattr(samples, "ids", None)
+    return known if known is not None else [sample.id for sample in samples]
+
+
+def image_keys_of(samples: Sequence[Sample]) -> Sequence[Hashable]:
+    """What names the images of every sample, in order; from the reader's ``image_keys`` where it has them."""
+    known: Sequence[Hashable] | None = getattr(samples, "image_keys", None)
+    return known if known is not None else [sample.images for sample in samples]
+
+
+class Subset(Sequence[Sample]):
+    """Some samples of a data set, by their places; a sample is read when it is asked for, and not before.
+
+    Args:
+        samples: the whole. places: indices into it, in order (kept as one array, 8 bytes a sample).
+    """
+
+    def __init__(self, samples: Sequence[Sample], places: Sequence[int]) -> None:
+        self.samples, self.places = samples, np.asarray(places, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.samples[int(place)] for place in self.places[index]]
+        return self.samples[int(self.places[index])]
+
+    @property
+    def ids(self) -> list[str]:
+        """The samples' ids in order."""
+        known = ids_of(self.samples)
+        return [known[place] for place in self.places]
+
+    @property
+    def image_keys(self) -> list[Hashable]:
+        """What names the images of every sample, in order."""
+        known = image_keys_of(self.samples)
+        return [known[place] for place in self.places]
+
+    def check(self) -> None:
+        """Look at every sample's image files and boxes once, so that a run does not stop at a late one.
+
+        Raises:
+            UserError: the first sample that is not as it must be.
+        """
+        for place in track(self.places, "images", console=Console(stderr=True), transient=True):
+            self.samples[int(place)]
 
 
 class AlignedDataset(Dataset[Item]):
@@ -48,7 +107,7 @@ class AlignedDataset(Dataset[Item]):
         keep: keep encoded samples in memory (small data sets; with cached features a sample costs a few kB).
 
     Raises:
-        UserError: before the first step, when a sample's trace is missing.
+        UserError: before the first step, when a sample's trace is missing, or the family takes no cached features.
     """
 
     def __init__(
@@ -64,15 +123,17 @@ class AlignedDataset(Dataset[Item]):
         self.store, self.cache = store, cache
         self._kept: dict[int, Item] | None = {} if keep else None
         if not len(samples):
-            raise UserError(
-                "there is no sample to train on: the data set is empty, or no sample passes the selected filters"
-            )
+            raise UserError(NOTHING)
         if any(target.needs_trace for target in self.targets.values()):
             if store is None:
                 raise UserError(
                     f"the targets {', '.join(self.targets)} need traces: give traces.path (tools/extract.py makes them)"
                 )
-            store.require(sample.id for sample in samples)
+            store.require(ids_of(samples))
+        if cache is not None and not cache.backbone.family.takes_features:
+            raise UserError(
+                f"traces.vision_cache: the family {type(cache.backbone.family).__name__} takes no cached image features"
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -93,9 +154,9 @@ class AlignedDataset(Dataset[Item]):
         return item
 
     @property
-    def groups(self) -> list[Hashable]:
+    def groups(self) -> Sequence[Hashable]:
         """A key a sample; samples of one image share it (for batches that keep an image's questions together)."""
-        return [sample.images for sample in self.samples]
+        return image_keys_of(self.samples)
 
 
 @dataclass(frozen=True)
@@ -111,15 +172,26 @@ class Collate:
         return {"batch": batch}
 
 
-def select(samples: Sequence[Sample], store: TraceStore | None, filters: Sequence[str]) -> Sequence[Sample]:
-    """The samples that pass every named filter's verdict.
+def select(samples: Sequence[Sample], store: TraceStore | None, filters: Sequence[str] = ()) -> Sequence[Sample]:
+    """The samples that have a trace and pass every named filter's verdict; by their ids, without opening an image.
+
+    What the extraction put aside (``TraceStore.quarantined``) is left out with a warning.
 
     Raises:
-        UserError: filters are named without a store, or the store holds no such verdicts.
+        UserError: filters are named without a store, the store holds no such verdicts, or it lacks a sample's trace.
     """
-    if not filters:
-        return samples
     if store is None:
-        raise UserError(f"traces.select names {', '.join(filters)}, but traces.path is not given")
-    passed = set(store.select(filters))
-    return [sample for sample in samples if sample.id in passed]
+        if filters:
+            raise UserError(f"traces.select names {', '.join(filters)}, but traces.path is not given")
+        return samples
+    ids = ids_of(samples)
+    # Before anything is selected: a sample without a trace is missing, not filtered out.
+    store.require(key for key in ids if key not in store.quarantined)
+    passed = set(store.select(filters)) if filters else store
+    places = [place for place, key in enumerate(ids) if key in passed]
+    if not places:
+        raise UserError(NOTHING)
+    aside = sum(key in store.quarantined for key in ids) if store.quarantined else 0
+    if aside:
+        logger.warning("%d of %d samples were put aside by the extraction and are left out", aside, len(ids))
+    return samples if len(places) == len(ids) else Subset(samples, places)

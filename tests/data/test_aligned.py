@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from laavit.backbones import PromptSettings
 from laavit.backbones.vision_cache import VisionCache
-from laavit.data.aligned import AlignedDataset, Collate, select
+from laavit.data.aligned import AlignedDataset, Collate, Subset, ids_of, select
 from laavit.registry import UserError
 from laavit.structures import Role, Sample
 from laavit.targets import TrajectoryTarget
@@ -94,6 +96,85 @@ def test_selection_by_verdicts(store: TraceStore, samples: list[Sample]) -> None
         select(samples, store, ("alignmnt",))
     with pytest.raises(UserError, match=r"traces\.path is not given"):
         select(samples, None, ("correctness",))
+
+
+class Reader(Sequence[Sample]):
+    """A reader of any length that knows its ids and images; asking it for a sample is counted."""
+
+    def __init__(self, like: Sample, count: int) -> None:
+        self.like, self.asked = like, 0
+        self.ids = tuple(map(str, range(count)))
+        self.image_keys = [(f"{place // 4}.png",) for place in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.asked += 1
+        return replace(self.like, id=self.ids[index])
+
+
+def some_store(keys: Sequence[str], quarantined: Sequence[str] = (), passed: Sequence[str] = ()) -> Any:
+    """Stands for a store of many traces: its ids, its verdicts and what was put aside."""
+
+    class Store(dict[str, None]):
+        path, quarantined, select = Path("traces"), dict[str, str](), None
+        require, _places = TraceStore.require, property(lambda self: self)
+
+    store = Store.fromkeys(keys)
+    store.quarantined = dict.fromkeys(quarantined, "no image")
+    store.select = lambda filters: tuple(passed)
+    return store
+
+
+def test_404_120_samples_are_chosen_by_their_ids(samples: list[Sample]) -> None:
+    """Selecting, requiring and grouping touch no sample, and take a second or two."""
+    count = 404_120
+    reader = Reader(samples[0], count)
+    store = some_store(reader.ids[:-20], reader.ids[-20:], reader.ids[:-20:3])
+    began = time.perf_counter()
+    chosen = select(reader, store, ("alignment",))
+    target = TrajectoryTarget()
+    dataset = AlignedDataset(chosen, builder=None, targets={"t": target}, store=store)  # type: ignore[arg-type]
+    groups = dataset.groups
+    assert time.perf_counter() - began < 10
+    assert reader.asked == 0 and len(dataset) == len(range(0, count - 20, 3)) and groups[1] == ("0.png",)
+    assert [chosen[1].id, chosen[-1].id] == ["3", "404097"] and reader.asked == 2
+    assert [sample.id for sample in chosen[2:4]] == ["6", "9"]
+
+
+def test_what_the_extraction_put_aside_is_left_out(samples: list[Sample], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="laavit"):
+        chosen = select(samples, some_store(["a", "c"], ["b"]))
+    assert [sample.id for sample in chosen] == ["a", "c"] and list(ids_of(chosen)) == ["a", "c"]
+    assert "1 of 3 samples were put aside" in caplog.text
+    with pytest.raises(UserError, match="lacks the traces of 1 samples: 'c'"):
+        select(samples, some_store(["a"], ["b"]))
+    with pytest.raises(UserError, match="no sample to train on"):
+        select(samples, some_store(["a", "b", "c"]), ("alignment",))
+
+
+def test_chosen_samples_alone_are_checked(samples: list[Sample]) -> None:
+    """An image that is missing stops a run before it begins, unless its sample was put aside."""
+
+    class Missing(list[Sample]):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 1:
+                raise UserError("there is no image 'b.png'")
+            return super().__getitem__(index)
+
+    broken = Missing(samples)
+    Subset(broken, [0, 2]).check()
+    with pytest.raises(UserError, match="no image"):
+        Subset(broken, [0, 1]).check()
+
+
+def test_a_family_without_cached_features_is_named(model: Any, samples: list[Sample], tmp_path: Path) -> None:
+    cache = VisionCache(tmp_path, model.student.backbone)
+    family = type("Other", (), {"takes_features": False})()
+    cache.backbone = type("Backbone", (), {"family": family})()  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"traces\.vision_cache: the family Other takes no cached image features"):
+        AlignedDataset(samples, model.student.builder(PROMPT), {}, None, cache)
 
 
 def test_groups_are_images(model: Any, samples: list[Sample]) -> None:
