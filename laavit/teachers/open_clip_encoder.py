@@ -59,7 +59,7 @@ class OpenCLIPEncoder(StaticEncoder):
     """The frozen visual tower of a CLIP model of open_clip.
 
     Args:
-        model: open_clip's name of it ('ViT-B-16').
+        path: open_clip's name of it ('ViT-B-16').
         weights: a local .safetensors file of the whole model. pretrained: the name of the weights to read from the hub
             instead ('laion2b_s34b_b88k').
         size: pixels of a side, a multiple of the patch; None is the model's own. Every image is squashed to a square
@@ -70,7 +70,7 @@ class OpenCLIPEncoder(StaticEncoder):
 
     def __init__(
         self,
-        model: str,
+        path: str,
         weights: str | None = None,
         pretrained: str | None = None,
         size: int | None = None,
@@ -81,22 +81,22 @@ class OpenCLIPEncoder(StaticEncoder):
         import open_clip  # it imports timm, which takes two seconds that no other teacher should wait for
 
         local = check_weights(weights, pretrained)
-        if model not in open_clip.list_models():
-            raise UserError(f"open_clip has no model '{model}'; {near(model, open_clip.list_models())}")
-        tags = open_clip.list_pretrained_tags_by_model(model)
+        if path not in open_clip.list_models():
+            raise UserError(f"open_clip has no model '{path}'; {near(path, open_clip.list_models())}")
+        tags = open_clip.list_pretrained_tags_by_model(path)
         if local is None and pretrained not in tags:
-            raise UserError(f"open_clip has no weights '{pretrained}' of {model}; {near(str(pretrained), tags)}")
+            raise UserError(f"open_clip has no weights '{pretrained}' of {path}; {near(str(pretrained), tags)}")
         given = dict(options or {})
         if size is not None and "vision_cfg" in given:  # open_clip lets its given parts win over a forced size
             given["vision_cfg"] = {**given["vision_cfg"], "image_size": size}
         try:
             built = open_clip.create_model(
-                model, pretrained=local or pretrained, force_image_size=size, require_pretrained=True,
+                path, pretrained=local or pretrained, force_image_size=size, require_pretrained=True,
                 pretrained_text=False, **given,
             )  # fmt: skip
         except (OSError, HfHubHTTPError, SafetensorError, RuntimeError, TypeError, AssertionError) as error:
             where = f"'{weights}'" if local else "the hub"
-            raise UserError(f"open_clip's {model} cannot be read from {where}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"open_clip's {path} cannot be read from {where}: {str(error).splitlines()[0]}") from None
         config = open_clip.get_model_preprocess_cfg(built)
         tower = tower_of(built.visual)  # the text tower is let go with ``built``
         side = config["size"]
@@ -104,4 +104,4 @@ class OpenCLIPEncoder(StaticEncoder):
         preparer = PicturePreparer(
             height, width, tower.patch, "squash", tuple(config["mean"]), tuple(config["std"]), config["interpolation"]
         )
-        super().__init__(f"open_clip:{model}", tower, preparer, dtype, device)
+        super().__init__(path, "open_clip", tower, preparer, dtype, device)

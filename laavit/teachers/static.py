@@ -94,12 +94,15 @@ class StaticEncoder:
     """A frozen vision transformer as a teacher.
 
     Args:
-        path: the name that headers know it by. tower: the model. preparer: how it reads images.
+        path: the model's name in its library. library: 'timm' or 'open_clip'. tower: the model.
+        preparer: how it reads images.
         dtype: of the weights. device: 'auto' takes a GPU where there is one.
     """
 
-    def __init__(self, path: str, tower: Tower, preparer: PicturePreparer, dtype: str, device: str) -> None:
-        self.path, self.tower, self.preparer = path, tower, preparer
+    def __init__(
+        self, path: str, library: str, tower: Tower, preparer: PicturePreparer, dtype: str, device: str
+    ) -> None:
+        self.path, self.library, self.tower, self.preparer = path, library, tower, preparer
         self.device = torch.device(("cuda" if cuda.is_available() else "cpu") if device == "auto" else device)
         self.dtype = dtype_of(dtype)
         tower.model.to(self.device, self.dtype)
@@ -108,6 +111,7 @@ class StaticEncoder:
         """What a store's header says; ``static`` is the query whose attention the gaze is."""
         return {
             "teacher": self.path,
+            "library": self.library,
             "weights_sha256": digest_of(self.tower.model),
             "processor": type(self.preparer).__name__,
             "image_processor": json.dumps(self.preparer.card()),
@@ -207,7 +211,11 @@ class StaticExtractor:
             Tile(picture.shape[1] // patch[0], picture.shape[2] // patch[1], image)
             for image, picture in enumerate(item.pixels)
         )
-        gaze = torch.cat([row for row, _ in seen]) / len(seen)  # S_j of Eq. 2: a CLS row is zero on other images
+        rows = [row for row, _ in seen]
+        mass = float(torch.cat(rows).sum()) / len(rows)
+        if self.settings.normalisation == "rows":
+            rows = [row / row.sum() for row in rows]
+        gaze = torch.cat(rows) / len(rows)  # S_j of Eq. 2: a CLS token's row is zero on the other images
         states = torch.cat([states for _, states in seen])
         if not bool(torch.isfinite(gaze).all() and torch.isfinite(states).all()):
             raise UserError(
@@ -219,16 +227,14 @@ class StaticExtractor:
             sample_id=item.sample.id,
             answer=item.sample.answer,
             tiles=tiles,
-            gaze=self._scaled(gaze, [row for row, _ in seen]),
+            gaze=self._scaled(gaze),
             semantics=semantics,
-            mass=float(gaze.sum()),
+            mass=mass,
             semantic_tokens=tokens,
         )
 
-    def _scaled(self, gaze: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        """The map as ``normalisation`` asks for it."""
-        if self.settings.normalisation == "rows":
-            return torch.cat([row / row.sum() for row in rows]) / len(rows)
+    def _scaled(self, gaze: Tensor) -> Tensor:
+        """The map as it is stored."""
         if self.settings.normalisation == "minmax":
             return normalise(gaze)
         return to_distribution(gaze) if self.settings.normalisation == "distribution" else gaze

@@ -53,7 +53,7 @@ class TimmEncoder(StaticEncoder):
     """A frozen vision transformer of timm.
 
     Args:
-        model: timm's name of it, with the tag of its weights ('vit_base_patch14_dinov2.lvd142m').
+        path: timm's name of it, with the tag of its weights ('vit_base_patch14_dinov2.lvd142m').
         weights: a local .safetensors file. pretrained: read the named weights from the hub instead.
         size: pixels of a side, a multiple of the patch; None is the model's own.
         aspect: 'squash' every image to a square of that size, or 'keep' its proportions at no more patches; the whole
@@ -64,7 +64,7 @@ class TimmEncoder(StaticEncoder):
 
     def __init__(
         self,
-        model: str,
+        path: str,
         weights: str | None = None,
         pretrained: bool = False,
         size: int | None = None,
@@ -77,23 +77,23 @@ class TimmEncoder(StaticEncoder):
         from timm.data import resolve_data_config
 
         local = check_weights(weights, pretrained)
-        if not timm.is_model(model.split(".")[0]):
-            raise UserError(f"timm has no model '{model}'; {near(model, timm.list_models(pretrained=True))}")
+        if not timm.is_model(path.split(".")[0]):
+            raise UserError(f"timm has no model '{path}'; {near(path, timm.list_models(pretrained=True))}")
         overlay = {"file": local, "custom_load": False} if local else None
         try:
             built = timm.create_model(
-                model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, dynamic_img_size=True,
+                path, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, dynamic_img_size=True,
                 **dict(options or {}),
             )  # fmt: skip
         except TypeError as error:
-            raise UserError(f"timm's {model} is no plain vision transformer, or has no such option: {error}") from None
+            raise UserError(f"timm's {path} is no plain vision transformer, or has no such option: {error}") from None
         except (OSError, HfHubHTTPError, SafetensorError, RuntimeError) as error:
             where = f"'{weights}'" if local else "the hub"
-            raise UserError(f"timm's {model} cannot be read from {where}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"timm's {path} cannot be read from {where}: {str(error).splitlines()[0]}") from None
         tower = TimmTower(built)
         config = resolve_data_config({}, model=built)
         height, width = (size, size) if size is not None else config["input_size"][1:]
         preparer = PicturePreparer(
             height, width, tower.patch, aspect, tuple(config["mean"]), tuple(config["std"]), config["interpolation"]
         )
-        super().__init__(f"timm:{model}", tower, preparer, dtype, device)
+        super().__init__(path, "timm", tower, preparer, dtype, device)

@@ -19,12 +19,11 @@ from laavit.traces.gaze import top_k
 from laavit.traces.grids import in_box_mass, sample_mask
 from laavit.traces.judges import Judge, Question, build_judge
 from laavit.traces.matching import match_score
-from laavit.traces.store import TraceStore
 
 #: How maps may be stored for shares of them to be shares of the attention (``extract.normalisation``).
 TRUE_SHARES = ("none", "distribution")
 
-#: A filter may also have ``check(store)``, which refuses a store that it cannot judge before the work begins, and
+#: A filter may also have ``check(header, ids)``, which refuses a store that it cannot judge before the work begins, and
 #: ``many(pairs)``, which judges several at once and may add notes.
 Filter = Callable[[Sample, Trace], tuple[bool, float]]
 
@@ -52,6 +51,13 @@ class CorrectnessFilter:
     def __init__(self, minimum: float = 1.0, judge: str | dict[str, Any] | None = None) -> None:
         self.minimum = _share(minimum)
         self.judge: Judge | None = None if judge is None else build_judge(judge)
+
+    def check(self, store: TraceStore) -> None:
+        """Refuse a static encoder's traces, which carry the gold answers."""
+        if store.header.get("static"):
+            raise UserError(
+                f"the store '{store.path}': a static encoder gives no answer that could be wrong"
+            )
 
     def __call__(self, sample: Sample, trace: Trace) -> tuple[bool, float]:
         judgement = self.many([(sample, trace)])[0]
@@ -100,19 +106,19 @@ class AlignmentFilter:
         self.minimum, self.top_k, self.without_boxes = _share(minimum), top_k, without_boxes
         self.any_scale = any_scale
 
-    def check(self, store: TraceStore) -> None:
-        """Refuse maps whose share in the boxes would be another figure than the one that is asked for."""
-        kept = store.header.get("gaze_top_k")
+    def check(self, header: Mapping[str, Any], ids: Sequence[str] = ()) -> None:
+        """Refuse a store (its header) in which a map's share in the boxes is another figure than is asked for."""
+        kept = header.get("gaze_top_k")
         if kept is not None and (self.top_k is None or self.top_k > kept):
             raise UserError(
-                f"the store '{store.path}' keeps the {kept} strongest tokens of a map, whose share in the boxes is not "
+                f"the store keeps the {kept} strongest tokens of a map, whose share in the boxes is not "
                 f"that of the whole gaze; judge the {kept} with the filter's top_k={kept}, or extract with "
                 "extract.gaze_top_k null"
             )
-        scale = store.header.get("settings", {}).get("normalisation", "none")
+        scale = header.get("settings", {}).get("normalisation", "none")
         if scale not in TRUE_SHARES and not self.any_scale:
             raise UserError(
-                f"the store '{store.path}' holds maps normalised by '{scale}', whose share in the boxes is not that of "
+                f"the store holds maps normalised by '{scale}', whose share in the boxes is not that of "
                 "the attention; extract with extract.normalisation none, or set the filter's any_scale"
             )
 
@@ -145,16 +151,16 @@ class DifficultyFilter:
         self.minimum = _share(minimum)
         self.answers: Mapping[str, str] | None = _read_answers(Path(answers)) if isinstance(answers, str) else answers
 
-    def check(self, store: TraceStore) -> None:
-        """Refuse a store without blind answers, or answers that do not cover the store."""
+    def check(self, header: Mapping[str, Any], ids: Sequence[str] = ()) -> None:
+        """Refuse a store (its header) without blind answers, or answers that do not cover its ids."""
         if self.answers is None:
-            if store.header.get("settings", {}).get("blind") is None:
+            if header.get("settings", {}).get("blind") is None:
                 raise UserError(
-                    f"the store '{store.path}' holds no answers given without the image: extract with extract.blind "
+                    f"the store holds no answers given without the image: extract with extract.blind "
                     "(teacher, or a text-only model), or give the difficulty filter's 'answers', a JSON file"
                 )
             return
-        missing = [key for key in store.ids if key not in self.answers]
+        missing = [key for key in ids if key not in self.answers]
         if missing:
             raise UserError(f"there is no text-only answer to sample '{missing[0]}' ({len(missing)} missing in all)")
 
