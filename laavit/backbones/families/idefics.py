@@ -102,14 +102,13 @@ class Idefics(Family):
 
     def batch(self, vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Vision tensors of several samples, [images, tiles, ...], padded to the most tiles."""
-        given = [item for item in vision if item]
-        most = max((item["pixel_values"].shape[1] for item in given), default=0)
+        most = max((tensor.shape[1] for item in vision for tensor in item.values()), default=0)
 
         def padded(tensor: Tensor) -> Tensor:
             missing = tensor.new_zeros(len(tensor), most - tensor.shape[1], *tensor.shape[2:])
             return torch.cat([tensor, missing], 1)
 
-        return {key: torch.cat([padded(item[key]) for item in given]) for key in sorted(given[0])} if given else {}
+        return super().batch([{key: padded(tensor) for key, tensor in item.items()} for item in vision])
 
     def image_features(self, model: Any, vision: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What the language model reads in place of the image tokens: [N_i, D] an image."""
