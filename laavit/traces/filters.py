@@ -52,12 +52,10 @@ class CorrectnessFilter:
         self.minimum = _share(minimum)
         self.judge: Judge | None = None if judge is None else build_judge(judge)
 
-    def check(self, store: TraceStore) -> None:
-        """Refuse a static encoder's traces, which carry the gold answers."""
-        if store.header.get("static"):
-            raise UserError(
-                f"the store '{store.path}': a static encoder gives no answer that could be wrong"
-            )
+    def check(self, header: Mapping[str, Any], ids: Sequence[str] = ()) -> None:
+        """Refuse a static encoder's traces (by the store's header), which carry the gold answers."""
+        if header.get("static"):
+            raise UserError("the traces are a static encoder's, which gives no answer that could be wrong")
 
     def __call__(self, sample: Sample, trace: Trace) -> tuple[bool, float]:
         judgement = self.many([(sample, trace)])[0]
@@ -156,7 +154,7 @@ class DifficultyFilter:
         if self.answers is None:
             if header.get("settings", {}).get("blind") is None:
                 raise UserError(
-                    f"the store holds no answers given without the image: extract with extract.blind "
+                    "the store holds no answers given without the image: extract with extract.blind "
                     "(teacher, or a text-only model), or give the difficulty filter's 'answers', a JSON file"
                 )
             return

@@ -402,7 +402,7 @@ def test_a_student_trains_on_a_static_encoders_traces(folder: Path, own_project:
     store = TraceStore(own_project.parent / "traces")
     assert len(store) == 6 and store.header["width"] == 32
     assert store.header["static"] == ("pool" if kind == "siglip" else "cls")
-    with pytest.raises(UserError, match="a static encoder gives no answer"):
+    with pytest.raises(UserError, match="a static encoder's, which gives no answer"):
         judge(store, [], "correctness", CorrectnessFilter())
     assert {trace.answer for trace in store} == {"blue", "no"} and store[0].semantics.shape == (32,)
     assert len({trace.tiles for trace in store}) > 1, "the images keep their proportions"
