@@ -35,6 +35,7 @@ def extract_recipe(recipe: Recipe, options: Namespace | None = None) -> Path:
     """
     from laavit.teachers import extract
     from laavit.teachers.plan import Share
+    from laavit.traces.judging import check
 
     given = {"part": None, "engine": "local", "actors": 0, "gpus": 0.0, "retry": False} | vars(options or Namespace())
     share = Share.of(given["part"])
@@ -43,6 +44,7 @@ def extract_recipe(recipe: Recipe, options: Namespace | None = None) -> Path:
         raise UserError("traces.path: the recipe does not say where the traces go")
     settings, samples, card = recipe.build("extract"), recipe.build("data"), data_card(recipe)
     filters = {name: recipe.build(f"filters.{name}") for name in recipe.config["filters"]} if share.rank == 0 else {}
+    check(filters, {"gaze_top_k": settings.gaze_top_k, "settings": settings.card()})  # before hours of work
     if given["engine"] == "ray":
         from laavit.teachers.ray_engine import Work, extract_on_ray
 

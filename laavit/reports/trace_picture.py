@@ -39,7 +39,7 @@ def panels(trace: Trace, images: int) -> tuple[list[Panel], list[Panel]]:
     for image in range(images):
         name = f"image {image + 1}" if numbered else "image"
         top += [(name, image, None), (f"gaze, {name}" if numbered else "gaze", image, trace.gaze)]
-    strip = []
+    strip: list[Panel] = []
     for place, step in enumerate(trace.steps[:MOST_STEPS], 1):
         image = max(range(images), key=lambda i: float(image_map(step.gaze, trace.tiles, i).sum()))
         group = f" ({step.group})" if step.group else ""
@@ -77,9 +77,8 @@ def draw_trace(sample: Sample, trace: Trace, path: Path) -> Path:
     for (row, column), (title, image, gaze) in zip(places, top + strip, strict=True):
         inches = (INCHES * column + 0.06, figure.get_figheight() - head - (INCHES + 0.3) * (row + 1) + 0.04)
         size = (INCHES - 0.12, INCHES - 0.04)
-        box = (*inches, *size)
-        unit = (figure.get_figwidth(), figure.get_figheight()) * 2
-        axes = figure.add_axes(tuple(value / whole for value, whole in zip(box, unit, strict=True)))
+        wide, high = figure.get_figwidth(), figure.get_figheight()
+        axes = figure.add_axes((inches[0] / wide, inches[1] / high, size[0] / wide, size[1] / high))
         _draw(axes, pictures[image], sample, trace, gaze, image)
         inside = share(trace, sample, gaze) if gaze is not None else None
         said = textwrap.shorten(title, 40, placeholder="…")

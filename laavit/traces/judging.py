@@ -23,6 +23,20 @@ logger = logging.getLogger(__name__)
 CHUNK = 256
 
 
+def check(filters: Mapping[str, Filter], header: Mapping[str, Any], ids: Sequence[str] = ()) -> None:
+    """Refuse what the filters could not judge: a store's header, or what an extraction is about to write into one.
+
+    Raises:
+        UserError: naming the filter, and what to change.
+    """
+    for name, judgement in filters.items():
+        if hasattr(judgement, "check"):
+            try:
+                judgement.check(header, ids)
+            except UserError as error:
+                raise UserError(f"filters.{name}: {error}") from error
+
+
 def judge(store: TraceStore, samples: Iterable[Sample], name: str, judgement: Filter) -> int:
     """``judge_all`` of one filter; returns how many samples pass."""
     return judge_all(store, samples, {name: judgement})[name]
@@ -45,9 +59,7 @@ def judge_all(
         UserError: a filter cannot judge this store (before the first sample), a trace has no sample, or a sample occurs
             twice.
     """
-    for judgement in filters.values():
-        if hasattr(judgement, "check"):
-            judgement.check(store)
+    check(filters, store.header, store.ids)
     columns: dict[str, dict[str, tuple[bool, float]]] = {name: {} for name in filters}
     for pairs in _chunks(store, samples):
         for name, judgement in filters.items():
