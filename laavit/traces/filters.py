@@ -53,9 +53,11 @@ class CorrectnessFilter:
         self.judge: Judge | None = None if judge is None else build_judge(judge)
 
     def check(self, header: Mapping[str, Any], ids: Sequence[str] = ()) -> None:
-        """Refuse a static encoder's traces (by the store's header), which carry the gold answers."""
+        """Refuse a store (its header) whose answers are not the teacher's own: a static encoder's, or gold ones."""
         if header.get("static"):
             raise UserError("the traces are a static encoder's, which gives no answer that could be wrong")
+        if header.get("settings", {}).get("answer") == "gold":
+            raise UserError("the traces carry the gold answers (extract.answer gold), which cannot be wrong")
 
     def __call__(self, sample: Sample, trace: Trace) -> tuple[bool, float]:
         judgement = self.many([(sample, trace)])[0]

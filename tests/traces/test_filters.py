@@ -115,6 +115,12 @@ def test_what_a_store_cannot_tell_is_refused_before_judging(tmp_path):
         judge(stored(tmp_path / "b", [trace()]), unread(), "difficulty", DifficultyFilter({"2": "x"}))
 
 
+def test_answers_that_cannot_be_wrong_are_not_judged(tmp_path):
+    for name, header in (("static", {"static": True}), ("gold", {"settings": {"answer": "gold"}})):
+        with pytest.raises(UserError, match=r"filters\.correctness: the traces .* wrong"):
+            judge(stored(tmp_path / name, [trace()], **header), unread(), "correctness", CorrectnessFilter())
+
+
 class Agreeing:
     """A judge that takes an answer for right where it begins with the right letter."""
 
