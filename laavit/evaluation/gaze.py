@@ -26,7 +26,7 @@ from laavit.registry import UserError
 from laavit.structures import Sample, Trace
 from laavit.teachers import ExtractSettings, HFTeacher
 from laavit.traces.gaze import cv, entropy, salient_regions
-from laavit.traces.grids import in_box_mass, sample_mask
+from laavit.traces.grids import image_map, in_box_mass, sample_mask
 
 logger = logging.getLogger(__name__)
 
@@ -165,5 +165,6 @@ def _spread(samples: Sequence[Sample], show: int) -> list[int]:
 
 
 def _map(trace: Trace) -> Mapping[str, Any]:
-    height, width = trace.tiles[0].height, trace.tiles[0].width
-    return {"grid": [height, width], "values": [round(float(x), 6) for x in trace.gaze[: height * width]]}
+    """The map of the first image as one grid over all of it, whatever tiles the model saw it in."""
+    found = image_map(trace.gaze, trace.tiles, image=0)
+    return {"grid": list(found.shape), "values": [round(float(x), 6) for x in found.flatten()]}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from laavit.evaluation.statistics import wilson
+from laavit.images import open_image
 from laavit.reports.runs import GazeSample, Run
 from laavit.reports.tables import Row, groups
 from laavit.structures import Box
@@ -218,11 +219,10 @@ def overlay(image: Image.Image, gaze: NDArray[np.float64] | None, side: int = 33
 
 def gaze_figures(sample: GazeSample, names: Sequence[str]) -> list[tuple[str, str, float | None]]:
     """(who, overlay as a data URI, share of the map inside the boxes) for the plain image and each map of a sample."""
-    with Image.open(sample.image) as image:
-        image.load()
-        found: list[tuple[str, str, float | None]] = [("image", overlay(image, None), None)]
-        for name in names:
-            if name in sample.maps:
-                gaze = sample.maps[name]
-                found.append((name, overlay(image, gaze), share_in_boxes(gaze, sample.boxes)))
+    image = open_image(sample.image)  # upright, as the models saw it
+    found: list[tuple[str, str, float | None]] = [("image", overlay(image, None), None)]
+    for name in names:
+        if name in sample.maps:
+            gaze = sample.maps[name]
+            found.append((name, overlay(image, gaze), share_in_boxes(gaze, sample.boxes)))
     return found
