@@ -35,7 +35,7 @@ class HFTeacher:
         device_map: str | dict[str, Any] | None = None,
         quantization: str | dict[str, Any] | None = None,
     ) -> None:
-        self.path = path
+        self.path, self.quantization = path, quantization
         place = ("cuda" if cuda.is_available() else "cpu") if device == "auto" else device
         self.backbone = Backbone.load(
             path,
@@ -53,6 +53,8 @@ class HFTeacher:
         processor = self.backbone.processor
         return {
             "teacher": self.path,
+            "dtype": str(self.backbone.model.dtype).removeprefix("torch."),
+            "quantization": self.quantization,
             "weights_sha256": self.backbone.weights_digest(),
             "processor": type(processor).__name__,
             "image_processor": processor.image_processor.to_json_string(),

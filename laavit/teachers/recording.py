@@ -183,4 +183,7 @@ def _check(item: Encoded, gaze: Tensor, states: Tensor, real: Tensor, dtype: tor
             f"or its numbers overflow in {dtype} (teacher.dtype)"
         )
     if not bool(gaze.any()):
-        raise UserError(f"no recorded row of {name} sees its image: extract.rows names only words before the image")
+        raise UserError(
+            f"no recorded row of {name} sees its image: extract.rows names only words before the image, "
+            "or extract.layers only layers whose window ends before it"
+        )
