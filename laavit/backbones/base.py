@@ -139,10 +139,10 @@ class Backbone:
         self.processor.save_pretrained(folder)
 
 
-def digest_of(module: nn.Module) -> str:
-    """SHA-256 over a module's parameters and buffers, by name."""
+def digest_of(weights: nn.Module | Mapping[str, Tensor]) -> str:
+    """SHA-256 over a module's parameters and buffers, or over tensors, by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted((weights.state_dict() if isinstance(weights, nn.Module) else weights).items()):
         digest.update(name.encode())
         digest.update(serialise({"t": tensor.detach().cpu().contiguous()}))
     return digest.hexdigest()

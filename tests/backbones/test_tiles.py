@@ -17,8 +17,10 @@ from torch import Tensor
 
 from laavit.attention import AttentionContext
 from laavit.backbones import Backbone, PromptSettings, collate
+from laavit.backbones.vision_cache import VisionCache
 from laavit.gates import ConstantGate
 from laavit.model import gate_paths
+from laavit.registry import UserError
 from laavit.structures import Encoded, Role, Sample, Span
 
 FAMILIES = ("llava_onevision", "internvl", "gemma3")
@@ -335,3 +337,32 @@ def test_a_closed_gate_leaves_no_way_around(opened: Callable[..., Backbone], fam
     alone, both = (("answer->image",), ("answer->image", "question->image"))
     assert (states[alone, 0] - states[alone, 1]).abs().max() > 1e-3
     torch.testing.assert_close(states[both, 0], states[both, 1], rtol=1e-10, atol=1e-10)
+
+
+# --- cached features --------------------------------------------------------------------------------------------------
+
+
+def test_the_vision_cache_knows_what_features_depend_on(opened: Callable[..., Backbone], tmp_path: Path) -> None:
+    """The projector's weights, how many images a sample has (LLaVA-OneVision), the processor's own settings (Gemma 3);
+    and nothing before the decoder may learn."""
+    files = [tmp_path / f"{i}.png" for i in range(2)]
+    for seed, file in enumerate(files):
+        noise(90, 40, seed).save(file)
+    llava = opened("llava_onevision")
+    builder = llava.builder(PromptSettings())
+    one, two = (builder.prompt_of(Sample("s", images, "what?", "no")) for images in ((files[0],), tuple(files)))
+    with pytest.raises(UserError, match=r"image_newline learns, freeze it|vision_tower.* learns, freeze it"):
+        VisionCache(tmp_path, llava)
+    llava.model.requires_grad_(False)
+    cache = VisionCache(tmp_path, llava)
+    for encoded in (one, two, one):
+        wanted = torch.cat(llava.family.image_features(llava.model, encoded.vision))
+        torch.testing.assert_close(cache.features(encoded), wanted, rtol=0, atol=0)
+    newline = llava.model.model.image_newline
+    newline.add_(1.0)
+    assert VisionCache(tmp_path, llava).namespace != cache.namespace
+    newline.sub_(1.0)
+    for family in ("internvl", "gemma3"):
+        opened(family).model.requires_grad_(False)
+    opened("gemma3", True).model.requires_grad_(False)
+    assert VisionCache(tmp_path, opened("gemma3")).namespace != VisionCache(tmp_path, opened("gemma3", True)).namespace
