@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -78,6 +79,30 @@ def test_a_tiny_folder_is_planned_as_it_is_built(tiny_folder: Path) -> None:
     plain, checkpointed = (planning.training_step(shaped, 4, LOAD, choice)["activations"] for choice in (False, True))
     assert found["training"]["plain"]["activations"] >= plain > checkpointed  # the vision tower's pass may be higher
     assert found["extraction"]["trace"] == 4 * 64 + 4 * 32  # 128 x 128 px, patch 8, merge 2; 32 wide
+
+
+@pytest.mark.parametrize("part", ["student", "teacher"])
+def test_other_families_are_refused_before_anything_is_built(
+    part: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny("smolvlm", tmp_path)
+    monkeypatch.setattr(planning, "shaped_backbone", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(UserError, match=f"{part}: plan works out the families qwen2_vl, qwen2_5_vl alone.*'smolvlm'"):
+        planning.make_plan(recipe_of(tiny_folder, **{part: {"name": "hf", "path": str(folder)}}), LOAD)
+
+
+def test_what_an_extraction_records_is_planned(tiny_folder: Path) -> None:
+    """Stored rows and steps cost storage, and the targets that read them fit."""
+    settings = {"semantics": "top_k_rows", "top_k": 5, "steps": "token", "normalisation": "minmax"}
+    recipe = recipe_of(tiny_folder, extract=settings, targets={"concept": "concept", "trajectory": "trajectory_steps"})
+    shaped = planning.shape_models(recipe)
+    trace = planning.extraction_pass(shaped, LOAD)["trace"]
+    assert trace == 4 * 64 * (1 + 4) + 4 * 5 * 32  # a map a token of the answer and one of all, and 5 states
+    assert planning.training_step(shaped, 1, LOAD, False)["losses"] == ["ntp", "concept", "trajectory"]
+    whole = planning.shape_models(recipe_of(tiny_folder, extract={"semantics": "full"}))
+    assert planning.extraction_pass(whole, LOAD)["trace"] == 4 * 64 + 4 * 64 * 32
+    with pytest.raises(UserError, match=r"targets\.trajectory: steps: .*extract\.steps"):
+        planning.shape_models(recipe_of(tiny_folder, targets={"trajectory": "trajectory_steps"}))
 
 
 def test_a_full_embedding_grows_by_latents_and_separator(tiny_folder: Path, tmp_path: Path) -> None:

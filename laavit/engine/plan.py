@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone, collate
 from laavit.backbones.chat import IGNORED
 from laavit.backbones.rows import row_positions
@@ -28,9 +27,11 @@ from laavit.latents import latent_tokens
 from laavit.model import LaViT, build_targets
 from laavit.recipe import Recipe
 from laavit.registry import UserError
-from laavit.structures import Batch, Encoded, Role, Sample, Span, Tile, Trace
+from laavit.structures import Batch, Encoded, Role, Sample, Span, Step, Tile, Trace
 from laavit.students.hf import PARTS, HFStudent
 from laavit.targets.base import stack
+from laavit.teachers.recording import recording
+from laavit.teachers.settings import ExtractSettings
 
 ASSUMPTIONS = (
     "every sample has one image at the largest area the processor allows",
@@ -38,6 +39,10 @@ ASSUMPTIONS = (
     "weights, gradients and both AdamW moments are float32 where the student's dtype is (these are the master weights)",
     "the allocator's fragmentation and the CUDA context (about 1 GB) come on top",
 )
+
+
+#: model types whose image is one grid, its size chosen by area: what ``grid_of`` and ``example`` stand for
+PLANNED = ("qwen2_vl", "qwen2_5_vl")
 
 
 @dataclass(frozen=True)
@@ -120,29 +125,48 @@ class Shaped:
         return grid_of(plan.config, self.recipe.arguments(key).get("max_pixels") or plan.max_pixels)
 
 
+def blueprints(recipe: Recipe) -> dict[str, Blueprint]:
+    """Blueprints of the recipe's student and teacher, checked before anything is built.
+
+    Raises:
+        UserError: a part is no Hugging Face model, or of a family whose image tokens are not one grid by area.
+    """
+    found = {}
+    for key, kind in (("student", "HFStudent"), ("teacher", "HFTeacher")):
+        if key == "teacher" and not recipe.has(key):
+            continue
+        if (recipe.config[key] or {}).get("type") != kind:
+            raise UserError(f"{key}: plan works out {kind} alone, got {(recipe.config[key] or {}).get('type')}")
+        path = recipe.arguments(key)["path"]
+        found[key] = blueprint(path)
+        family = found[key].config.model_type
+        if family not in PLANNED:
+            raise UserError(
+                f"{key}: plan works out the families {', '.join(PLANNED)} alone, and '{path}' is of type '{family}'"
+            )
+    return found
+
+
 def shape_models(recipe: Recipe) -> Shaped:
     """Build student (with latents, gate, targets) and teacher of a recipe without weights.
 
     Raises:
         UserError: a part is no Hugging Face model, a configuration is not known, or the parts do not fit one another.
     """
+    plans = blueprints(recipe)
     mode = fake_mode()
-    for key, kind in (("student", "HFStudent"), ("teacher", "HFTeacher")):
-        if (key == "student" or recipe.has(key)) and (recipe.config[key] or {}).get("type") != kind:
-            raise UserError(f"{key}: plan works out {kind} alone, got {(recipe.config[key] or {}).get('type')}")
     given = recipe.arguments("student")
     latents = recipe.build("latents") if recipe.has("latents") else None
-    plan = blueprint(given["path"])
+    plan = plans["student"]
     backbone = shaped_backbone(plan, given["dtype"], given["attention"], mode, latents.count + 1 if latents else 0)
     student = HFStudent.of(backbone, given["path"], given["freeze"])
     student.setup(latents, torch.Generator().manual_seed(0))
     teacher, teacher_plan, header = None, None, {}
     if recipe.has("teacher"):
-        told = recipe.arguments("teacher")
-        teacher_plan = blueprint(told["path"])
-        teacher = shaped_backbone(teacher_plan, told["dtype"], "laavit", mode)
+        teacher_plan = plans["teacher"]
+        teacher = shaped_backbone(teacher_plan, recipe.arguments("teacher")["dtype"], "laavit", mode)
         teacher.model.eval().requires_grad_(False)
-        header = {"width": teacher.width, "depth": teacher.depth}
+        header = {"width": teacher.width, "depth": teacher.depth, "settings": recipe.build("extract").card()}
     elif recipe.config["targets"]:
         raise UserError("the recipe has targets but no teacher: their widths are not known")
     with mode:
@@ -180,13 +204,30 @@ def vision_pass(backbone: Backbone, grid: tuple[int, int], mode: FakeTensorMode,
     return {"peak": meter.peak, "held": held if learns else 0}
 
 
+def stored_rows(settings: ExtractSettings, tokens: int) -> int:
+    """How many image tokens' states a trace holds; 0 where they are pooled into one vector."""
+    return {"full": tokens, "top_k_rows": min(settings.top_k, tokens)}.get(settings.semantics, 0)
+
+
 def prepared_targets(shaped: Shaped, item: Encoded, size: int) -> dict[str, dict[str, Tensor]]:
     """What the recipe's targets prepare for ``size`` samples with a trace of the teacher's shapes."""
     if shaped.teacher is None or shaped.teacher_plan is None:
         return {}
     grid = shaped.grid("teacher", shaped.teacher_plan)
     tokens = grid[0] * grid[1]
-    trace = Trace("plan", "", (Tile(*grid),), torch.rand(tokens), torch.rand(shaped.teacher.width), 1.0)
+    settings = shaped.recipe.build("extract")
+    rows = stored_rows(settings, tokens)
+    semantics = torch.rand(rows or 1, shaped.teacher.width)
+    trace = Trace(
+        sample_id="plan",
+        answer="",
+        tiles=(Tile(*grid),),
+        gaze=torch.rand(tokens),
+        semantics=semantics if rows else semantics[0],
+        mass=1.0,
+        semantic_tokens=torch.arange(rows) if rows else None,
+        steps=() if settings.steps == "none" else (Step("", "", torch.rand(tokens)),),
+    )
     one = {name: target.prepare(item, trace) for name, target in shaped.model.targets.items()}  # type: ignore[operator]
     return {name: stack([prepared] * size) for name, prepared in one.items()}
 
@@ -234,15 +275,16 @@ def training_step(shaped: Shaped, size: int, load: Load, checkpointing: bool, pa
 def extraction_pass(shaped: Shaped, load: Load) -> dict[str, int]:
     """The teacher's recording pass on shapes, one batch of the recipe's extraction; bytes over its weights."""
     assert shaped.teacher is not None and shaped.teacher_plan is not None, "called where the recipe has a teacher"
-    settings = shaped.recipe.build("extract")
+    settings: ExtractSettings = shaped.recipe.build("extract")
     grid, backbone = shaped.grid("teacher", shaped.teacher_plan), shaped.teacher
     item = example(backbone, grid, 0, load)
     batch = batch_of(backbone, item, settings.batch_size, shaped.mode)
     meter = Meter()
     meter.ignore([*backbone.model.parameters(), *backbone.model.buffers()])
     with torch.no_grad(), meter:
-        rows = torch.cat([row_positions(batch, kind) for kind in settings.rows], 1)
-        context = AttentionContext(rows=rows, layers=settings.depths(backbone.depth), merged=True)
+        kinds = settings.rows if settings.steps == "none" else (*settings.rows, "predicting")
+        rows = torch.cat([row_positions(batch, kind) for kind in kinds], 1)
+        context = recording(backbone, settings, rows)
         hidden = backbone.forward(batch, context)
         context.mean_rows()
         hidden.float()
@@ -252,13 +294,14 @@ def extraction_pass(shaped: Shaped, load: Load) -> dict[str, int]:
     keys = 2 * backbone.depth * heads * cached * settings.batch_size * _dtype(backbone.model).itemsize
     tokens = grid[0] * grid[1]
     gaze = 8 * settings.gaze_top_k if settings.gaze_top_k else 4 * tokens  # float32, with an int32 index where sparse
+    steps = 1 if settings.steps == "none" else 1 + load.answer  # the aggregate, and at most one map a token
     vision = vision_pass(backbone, grid, shaped.mode, "fp32")["peak"] * settings.batch_size
     return {
         "weights": bytes_of(backbone.model.parameters()),
         "activations": max(meter.peak, vision),
         "key-value cache": keys,
         "image_tokens": tokens,
-        "trace": gaze + 4 * backbone.width,
+        "trace": gaze * steps + 4 * max(stored_rows(settings, tokens), 1) * backbone.width,
     }
 
 

@@ -115,6 +115,7 @@ class CountedProcessor:
     """Stands for a processor whose tokenizer alone is asked."""
 
     tokenizer: CountedTokenizer
+    image_token: str = ""
 
 
 def fake_mode() -> FakeTensorMode:
