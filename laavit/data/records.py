@@ -188,6 +188,11 @@ class RecordReader(Sequence[Sample]):
         """The samples' ids in order, without touching an image."""
         return tuple(self._ids.to_pylist())
 
+    @property
+    def image_keys(self) -> list[tuple[str, ...]]:
+        """The samples' image paths as they are written, in order, without touching an image (to group by image)."""
+        return [tuple(each) for each in self._index.records["images"].take(pa.array(self._rows)).to_pylist()]
+
     def __len__(self) -> int:
         return len(self._rows)
 
