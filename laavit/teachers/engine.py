@@ -219,7 +219,7 @@ class ShardWorker:
         ready = prepared(self.extractor.preparer, [batches[number] for number in todo], self.settings.workers)
         for number, items in zip(todo, ready, strict=True):
             rows, quarantined = self._record(items)
-            shards.write_shard(spool, number, rows, self.features, digests[number], quarantined)
+            shards.write_shard(spool, number, rows, self.features, digests[number], quarantined, sync=False)
             self.advance(len(items))
             yield rows, quarantined
 

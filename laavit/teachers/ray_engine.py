@@ -109,8 +109,9 @@ def extract_on_ray(
 def _run(ray: Any, work: Work, todo: Mapping[int, bool], actors: int, gpus: float) -> Iterator[dict[str, Any]]:
     items = [{"id": index, "again": again} for index, again in todo.items()]
     numbers = ray.data.from_items(items, override_num_blocks=len(items))
+    pool = ray.data.ActorPoolStrategy(size=actors)
     done = numbers.map_batches(
-        ShardActor, fn_constructor_args=(work,), batch_size=1, num_gpus=gpus or None, concurrency=actors
+        ShardActor, fn_constructor_args=(work,), batch_size=1, num_gpus=gpus or None, compute=pool
     )
     yield from done.iter_rows()
 
@@ -140,9 +141,10 @@ def _cluster() -> Iterator[Any]:
         import ray.data
     except ImportError as error:
         raise UserError(f"Ray is not installed ({error}); pip install 'laavit[ray]'") from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
     begun = not ray.is_initialized()
     if begun:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield ray

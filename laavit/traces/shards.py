@@ -167,17 +167,19 @@ def write_shard(
     features: Features,
     samples: str,
     quarantined: Mapping[str, str] | None = None,
+    sync: bool = True,
 ) -> Record:
     """Write a shard and then its record.
 
     Args:
         samples: ``ids_digest`` of its samples, those in ``quarantined`` (sample id -> reason) included.
+        sync: flush to the disk; what a power cut leaves of a shard otherwise is found by its hash.
     """
     path, content = shard_path(folder, index), stream_bytes(rows, features)
     sha256 = hashlib.sha256(content).hexdigest()
     record = Record(len(rows), len(content), sha256, samples, dict(quarantined or {}))
-    write_bytes(path, content)
-    write_bytes(path.with_suffix(".json"), canonical(asdict(record)))
+    write_bytes(path, content, sync)
+    write_bytes(path.with_suffix(".json"), canonical(asdict(record)), sync)
     return record
 
 
