@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from laavit.backbones import PromptSettings
 from laavit.backbones.vision_cache import VisionCache
-from laavit.data.aligned import AlignedDataset, Collate, Subset, ids_of, select
+from laavit.data.aligned import AlignedDataset, Collate, Subset, ids_of, image_keys_of, select
+from laavit.data.visual_cot import VisualCoT
 from laavit.registry import UserError
 from laavit.structures import Role, Sample
 from laavit.targets import TrajectoryTarget
@@ -112,6 +114,18 @@ class Reader(Sequence[Sample]):
     def __getitem__(self, index: Any) -> Any:
         self.asked += 1
         return replace(self.like, id=self.ids[index])
+
+
+def test_a_reader_names_its_images_without_touching_them(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "<answer> blue </answer>"}]
+    records = [
+        {"question_id": i, "split": split, "image": images, "conversations": turns}
+        for i, (split, images) in enumerate([("train", ["a.png"]), ("test", ["x.png"]), ("train", ["b.png", "a.png"])])
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    reader = VisualCoT(tmp_path / "data.json", tmp_path, split="train")
+    assert image_keys_of(reader) == [("a.png",), ("b.png", "a.png")] and list(ids_of(reader)) == ["0", "2"]
+    assert image_keys_of(Subset(reader, [1])) == [("b.png", "a.png")]
 
 
 def some_store(keys: Sequence[str], quarantined: Sequence[str] = (), passed: Sequence[str] = ()) -> Any:
