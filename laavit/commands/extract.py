@@ -42,6 +42,8 @@ def extract_recipe(recipe: Recipe, options: Namespace | None = None) -> Path:
     out = recipe.build("traces").path
     if out is None:
         raise UserError("traces.path: the recipe does not say where the traces go")
+    if out.startswith("hf://"):
+        raise UserError(f"traces.path: '{out}' can be read, not written; extract to a folder, then laavit traces push")
     settings, samples, card = recipe.build("extract"), recipe.build("data"), data_card(recipe)
     filters = {name: recipe.build(f"filters.{name}") for name in recipe.config["filters"]} if share.rank == 0 else {}
     check(filters, {"gaze_top_k": settings.gaze_top_k, "settings": settings.card()})  # before hours of work

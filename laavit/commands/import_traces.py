@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from laavit.commands.common import Parser
 from laavit.commands.extract import extract_recipe
@@ -24,7 +25,7 @@ def import_recipe(options: argparse.Namespace, overrides: Sequence[str] = ()) ->
     root: Path = options.root
     published = root / "data" / "images"  # as the authors lay their data set out
     images = options.images or (published if published.is_dir() else root)
-    config = {
+    config: dict[str, Any] = {
         "title": "import of LaViT-15k",
         "data": {"name": "lavit_15k", "annotations": str(options.official), "root": str(images)},
         "teacher": {"name": "lavit_15k", "root": str(options.feature_root or root)},

@@ -11,6 +11,7 @@ from laavit.commands.common import data_card, parse_recipe, recipe_parser
 from laavit.data.aligned import AlignedDataset, Collate, TraceSettings, select
 from laavit.recipe import Recipe
 from laavit.registry import UserError
+from laavit.traces.hub import local_store
 from laavit.traces.store import TraceStore
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ def open_store(settings: TraceSettings, recipe: Recipe) -> TraceStore | None:
     """The recipe's trace store, checked against the recipe; None where none is named."""
     if settings.path is None:
         return None
-    store = TraceStore(settings.path)
+    store = TraceStore(local_store(settings.path))
     card = data_card(recipe)
     if "annotations_sha256" in card:
         store.check({"data": {"annotations_sha256": card["annotations_sha256"]}})

@@ -30,7 +30,7 @@ class TraceSettings:
     """Which traces a run trains on.
 
     Args:
-        path: the trace store's folder; None for a run that needs none.
+        path: the trace store's folder, or hf://datasets/NAME/REPOSITORY; None for a run that needs none.
         select: filters whose verdict a sample must pass (each is a column of the store).
         vision_cache: folder for the features of a frozen vision tower; None works them out every time.
         keep: keep encoded samples in memory (small data sets; with cached features a sample costs a few kB).
