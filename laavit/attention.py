@@ -141,6 +141,8 @@ class AttentionContext:
             rows = weights.sum(1)  # the pairs count alike, however many of them are in this layer
         else:
             rows = weights.mean(1) if self.heads == "mean" else weights
+        if self.rows is not None:
+            rows = rows.to(self.rows.device)
         if not self.merged:
             self.recorded[layer] = rows
             return
@@ -272,7 +274,7 @@ def laavit_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if laavit.wants(layer):
         assert laavit.rows is not None
-        rows = laavit.rows.clamp(min=0)
+        rows = laavit.rows.clamp(min=0).to(query.device)  # a model may be spread over devices
         factor = scaling if scaling is not None else query.shape[-1] ** -0.5
         bias = laavit.bias_at(rows, torch.promote_types(query.dtype, torch.float32))
         heads = laavit.chosen(layer, query.shape[1], query.device)

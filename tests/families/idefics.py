@@ -18,8 +18,9 @@ from transformers import (
 
 from families.parts import spread, tokenizer
 
-IMAGE = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>")
-MARKERS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+IMAGE = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
+#: tokens of their own in SmolVLM's tokenizer; Idefics3 writes them in several plain ones
+MARKERS = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)))
 #: first token, end of text, padding
 NAMES = {
     "idefics3": ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"),
@@ -42,7 +43,7 @@ def build(family: str, seed: int) -> tuple[Any, Any]:
     """A model and its processor."""
     first, end, pad = NAMES[family]
     tile, longest, scale = GEOMETRY[family]
-    special = tuple(dict.fromkeys((*NAMES[family], *IMAGE, *MARKERS)))
+    special = tuple(dict.fromkeys((*NAMES[family], *IMAGE, *(MARKERS if family == "smolvlm" else ()))))
     words = tokenizer(special, bos=first, writes_bos=family == "idefics3", eos_token=end, pad_token=pad)
     text = {
         "model_type": "llama",

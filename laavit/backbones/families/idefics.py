@@ -23,8 +23,8 @@ from laavit.registry import FAMILIES
 from laavit.structures import Span, Tile
 
 MARKER = re.compile(r"<row_(\d+)_col_(\d+)>$")
-#: tokens before a tile in which its marker is looked for; it is one token in every released tokenizer
-REACH = 16
+#: tokens before a tile in which its marker is looked for: SmolVLM's is one token, Idefics3's some eight, 14 at most
+REACH = 24
 
 
 @FAMILIES.register_module(name="idefics3")
