@@ -74,14 +74,17 @@ class HFExtractor:
     @torch.no_grad()
     def __call__(self, prepared: Sequence[Prepared]) -> list[Trace]:
         """Traces of one batch; the vision tower runs once for the answer and the recording, where the family can."""
-        settings, builder = self.settings, self.preparer.builder
+        answered, answers = self.answered(prepared)
+        return record(self.backbone, answered, answers, self.settings, self.tagger, self._blind(prepared))
+
+    @torch.no_grad()
+    def answered(self, prepared: Sequence[Prepared]) -> tuple[list[Encoded], list[str]]:
+        """The samples with the answers that are read in the recording pass, and the answers."""
         prompts = self._seen([item.prompt for item in prepared])
-        if settings.answer == "gold":
-            answers = [prompt.sample.answer for prompt in prompts]
-        else:
-            answers = self._answers(prompts)
-        answered = [builder.with_answer(p, a) for p, a in zip(prompts, answers, strict=True)]
-        return record(self.backbone, answered, answers, settings, self.tagger, self._blind(prepared))
+        gold = self.settings.answer == "gold"
+        answers = [prompt.sample.answer for prompt in prompts] if gold else self._answers(prompts)
+        builder = self.preparer.builder
+        return [builder.with_answer(p, a) for p, a in zip(prompts, answers, strict=True)], answers
 
     def _answers(self, prompts: Sequence[Encoded]) -> list[str]:
         return self.backbone.generate(prompts, self.settings.max_new_tokens, self.settings.repetition_penalty)
