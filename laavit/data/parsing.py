@@ -70,7 +70,11 @@ def shown(value: Any, most: int = 80) -> str:
 
 def read_key(item: Mapping[str, Any], *names: str) -> str:
     """The id under the first of ``names`` that is given."""
-    value = next((item[name] for name in names if item.get(name) is not None), None)
+    value = None
+    for name in names:
+        value = item.get(name)
+        if value is not None:
+            break
     if type(value) is int and abs(value) < 10**100:
         return str(value)
     if not isinstance(value, str) or not value.strip():
@@ -99,19 +103,27 @@ def check_path(path: str) -> None:
         raise BadRecord(f"image: the path {shown(path)} is absolute or holds '..'; allowed: a path below the root")
 
 
-def read_corners(values: Any, texts: bool = False) -> Corners:
-    """Four finite numbers, not inverted; ``texts`` allows them to be spelled out."""
-    refused = bool if texts else (bool, str)
-    if not isinstance(values, list) or len(values) != 4 or any(isinstance(value, refused) for value in values):
+def read_corners(values: Any) -> Corners:
+    """Four finite numbers, not inverted, from a list of numbers."""
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
         raise BadRecord(f"box: {shown(values)} is not four numbers [x1, y1, x2, y2]")
+    return _ordered(values, values)
+
+
+def spelled_corners(text: str) -> Corners:
+    """The same from a text, ``x1, y1, x2, y2``."""
+    return _ordered(text.split(","), text)
+
+
+def _ordered(values: list[Any], given: Any) -> Corners:
     try:
         x1, y1, x2, y2 = map(float, values)
-    except (TypeError, ValueError, OverflowError):
-        raise BadRecord(f"box: {shown(values)} is not four numbers [x1, y1, x2, y2]") from None
+    except (ValueError, OverflowError):
+        raise BadRecord(f"box: {shown(given)} is not four numbers [x1, y1, x2, y2]") from None
     if not math.isfinite(x1 + y1 + x2 + y2):
-        raise BadRecord(f"box: {shown(values)} holds a number that is not finite")
+        raise BadRecord(f"box: {shown(given)} holds a number that is not finite")
     if x1 > x2 or y1 > y2:
-        raise BadRecord(f"box: {shown(values)} is inverted; allowed: x1 < x2 and y1 < y2")
+        raise BadRecord(f"box: {shown(given)} is inverted; allowed: x1 < x2 and y1 < y2")
     return x1, y1, x2, y2
 
 
@@ -149,9 +161,13 @@ def checked_boxes(record: Record, most: int) -> Record:
         raise BadRecord(f"{what}: it has {longest} characters; allowed: {most} (max_characters)", record.key)
     if record.unit == SHARES:
         for corners in record.corners:
-            to_box(corners)
+            x1, y1, x2, y2 = corners
+            if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+                to_box(corners)
+    text = "".join((record.key, record.question, record.answer, record.source, record.split, *record.images))
     try:
-        "".join((record.key, record.question, record.answer, record.source, record.split, *record.images)).encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError:
         raise BadRecord("encoding: it holds text that is no valid UTF-8", record.key) from None
     return record

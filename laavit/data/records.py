@@ -188,6 +188,11 @@ class RecordReader(Sequence[Sample]):
         """The samples' ids in order, without touching an image."""
         return tuple(self._ids.to_pylist())
 
+    def sources_by_id(self) -> dict[str, str]:
+        """Every sample's source set, without touching an image."""
+        sources = self._index.records["source"].take(pa.array(self._rows))
+        return dict(zip(self._ids.to_pylist(), sources.to_pylist(), strict=True))
+
     @property
     def image_keys(self) -> list[tuple[str, ...]]:
         """The samples' image paths as they are written, in order, without touching an image (to group by image)."""
@@ -203,8 +208,11 @@ class RecordReader(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        row = int(self._rows[index])
-        return self._sample(self._ids[index].as_py(), self._index.records.slice(row, 1).to_pylist()[0])
+        return self._sample(self._ids[index].as_py(), self.describe(index))
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """What the index holds of a sample, without a look at its image files: the columns of ``index.RECORDS``."""
+        return self._index.records.slice(int(self._rows[index]), 1).to_pylist()[0]
 
     def _found(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(id, record) of every sample in order, a block at a time."""

@@ -29,20 +29,21 @@ from laavit.data.parsing import (
     read_key,
     read_text,
     shown,
+    spelled_corners,
 )
 from laavit.data.records import RecordReader
 from laavit.registry import DATASETS
 
-_REQUEST_ENDS = ("better", "better.", "response", "response.")
-_REQUESTS = re.compile(
-    r"\s*(please provide the bounding box coordinates? of the region that can help you answer the question better\.?"
-    r"|provide a short and direct response\.?)\s*$",
-    re.IGNORECASE,
+_REQUESTS = (
+    "please provide the bounding box coordinate of the region that can help you answer the question better",
+    "please provide the bounding box coordinates of the region that can help you answer the question better",
+    "provide a short and direct response",
 )
+_LONGEST = max(map(len, _REQUESTS)) + 1
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _BOX = re.compile(r"\[([^\[\]]*)\]")
 _FORMAT_KEYS = frozenset({"dataset", "split", "question_id", "id", "image", "conversations", "bboxes"})
-_SPEAKERS = ("human", "gpt") * 2
+_SPEAKERS = ["human", "gpt"]
 
 
 @DATASETS.register_module()
@@ -110,7 +111,7 @@ def _images(value: Any) -> tuple[tuple[str, ...], list[Corners], list[int]]:
             text = text.strip()
             if not _BOX.fullmatch(text):
                 raise BadRecord(f"box: {shown(text)} of the image {shown(path)} is not of the form [x1, y1, x2, y2]")
-            pixels.append(read_corners(text[1:-1].split(","), texts=True))
+            pixels.append(spelled_corners(text[1:-1]))
             on.append(paths.index(path))
     return tuple(paths), pixels, on
 
@@ -120,13 +121,12 @@ def _turns(turns: Any) -> tuple[str, str, list[Corners]]:
     if not isinstance(turns, list) or len(turns) not in (2, 4):
         given = f"{len(turns)} turns" if isinstance(turns, list) else kind_of(turns)
         raise BadRecord(f"conversations: there is {given}; allowed: a list of 4 turns or of 2")
-    values: list[str] = []
-    for turn, speaker in zip(turns, _SPEAKERS):
-        value = turn.get("value") if isinstance(turn, dict) and turn.get("from") == speaker else None
-        if not isinstance(value, str):
-            said = f"turn {len(values) + 1} is no object with 'from': '{speaker}' and a text as 'value'"
-            raise BadRecord(f"conversations: {said}")
-        values.append(value)
+    try:
+        speakers, values = [turn["from"] for turn in turns], [turn["value"] for turn in turns]
+    except (TypeError, KeyError, IndexError):
+        speakers, values = [], []
+    if speakers != _SPEAKERS * (len(turns) // 2) or any(map(_is_no_text, values)):
+        raise BadRecord(f"conversations: turn {_wrong_turn(turns)}")
     answer = values[-1]
     if "<" in answer and (tagged := _ANSWER.findall(answer)):
         answer = tagged[-1]
@@ -135,14 +135,28 @@ def _turns(turns: Any) -> tuple[str, str, list[Corners]]:
     found = _BOX.findall(values[1])
     if not found:
         raise BadRecord(f"box: the second turn {shown(values[1])} holds no box [x1, y1, x2, y2]")
-    return _question(values[0]), answer.strip(), [read_corners(text.split(","), texts=True) for text in found]
+    return _question(values[0]), answer.strip(), [spelled_corners(text) for text in found]
+
+
+def _is_no_text(value: Any) -> bool:
+    return type(value) is not str
+
+
+def _wrong_turn(turns: list[Any]) -> str:
+    """The first turn that is not as it must be, in words."""
+    for place, turn in enumerate(turns):
+        speaker = _SPEAKERS[place % 2]
+        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
+            return f"{place + 1} is no object with 'from': '{speaker}' and a text as 'value'"
+    raise AssertionError("called for turns of which one is wrong")
 
 
 def _question(text: str) -> str:
     """The question itself: without image marks and without the requests at its end."""
     text = text.replace("<image>", " ").strip()
-    while text.lower().endswith(_REQUEST_ENDS) and (shorter := _REQUESTS.sub("", text)) != text:
-        text = shorter
+    while text[-_LONGEST:].lower().removesuffix(".").endswith(_REQUESTS):
+        bare = text.removesuffix(".")
+        text = next(bare[: -len(each)] for each in _REQUESTS if bare.lower().endswith(each)).rstrip()
     return text
 
 
@@ -152,8 +166,10 @@ def _boxes(
     """The boxes to use, the image that each is on, and their unit."""
     if not written:
         return tuple(pixels), tuple(on), PIXELS
-    if pixels and any(x1 == x2 or y1 == y2 for x1, y1, x2, y2 in written):
-        return tuple(pixels), tuple(on), PIXELS  # three decimals can round a thin box flat; its pixels are exact
+    if pixels:
+        for x1, y1, x2, y2 in written:
+            if x1 == x2 or y1 == y2:  # three decimals can round a thin box flat; its pixels are exact
+                return tuple(pixels), tuple(on), PIXELS
     if pixels and len(pixels) != len(written):
         raise BadRecord(f"box: {len(written)} normalised boxes stand against {len(pixels)} in pixels")
     if not pixels and images > 1:
