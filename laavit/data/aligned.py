@@ -124,7 +124,8 @@ class AlignedDataset(Dataset[Item]):
         self._kept: dict[int, Item] | None = {} if keep else None
         if not len(samples):
             raise UserError(NOTHING)
-        if any(target.needs_trace for target in self.targets.values()):
+        self._needs_trace = any(target.needs_trace for target in self.targets.values())
+        if self._needs_trace:
             if store is None:
                 raise UserError(
                     f"the targets {', '.join(self.targets)} need traces: give traces.path (tools/extract.py makes them)"
@@ -147,7 +148,7 @@ class AlignedDataset(Dataset[Item]):
             features = self.cache.features(encoded)
             grids = {key: value for key, value in encoded.vision.items() if key != "pixel_values"}
             encoded = replace(encoded, features=features, vision=grids)
-        trace = self.store.get(sample.id) if self.store is not None and self.targets else None
+        trace = self.store.get(sample.id) if self.store is not None and self._needs_trace else None
         item = encoded, {name: target.prepare(encoded, trace) for name, target in self.targets.items()}
         if self._kept is not None:
             self._kept[index] = item

@@ -64,7 +64,7 @@ class TrajectoryTarget(Target):
         reduction: 'sum' over the rows of a sample (Eq. 7), or 'mean'.
         steps: 'aggregate', one map for all rows, or 'steps', each latent j its own A_traj,j (Eq. 7 as it is written):
             the teacher's map of step floor(j * T / K). It needs traces with steps (extract.steps) and the rows
-            'latents' alone.
+            'latents' alone. A sample whose answer left no step (an empty one) is one step, its aggregate.
     """
 
     def __init__(
@@ -125,10 +125,8 @@ class TrajectoryTarget(Target):
     def _maps(self, trace: Trace, tiles: Sequence[Tile]) -> Tensor:
         maps = trace.gaze
         if self.steps == "steps":
-            if not trace.steps:
-                raise ValueError("it has no steps")
-            chosen = step_of_latent(len(trace.steps), self.latents).tolist()
-            maps = torch.stack([trace.steps[step].gaze for step in chosen])
+            given = [step.gaze for step in trace.steps] or [trace.gaze]
+            maps = torch.stack([given[step] for step in step_of_latent(len(given), self.latents).tolist()])
         maps = resample(maps if self.scaled else normalise(maps), trace.tiles, tiles)
         maps = to_distribution(maps if self.top_k is None else top_k(maps, self.top_k))
         return maps.T if self.steps == "steps" else maps

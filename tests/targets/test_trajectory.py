@@ -239,16 +239,20 @@ def test_which_step_a_latent_follows(steps: int, expected: list[int]) -> None:
     assert step_of_latent(steps, 4).tolist() == expected
 
 
-def test_steps_that_are_not_there_are_named(lab: Any, samples: list[Sample]) -> None:
+def test_steps_that_are_not_there_are_named() -> None:
     target = TrajectoryTarget(steps="steps")
     with pytest.raises(UserError, match=r"these traces hold none; extract with extract\.steps"):
         target.setup(32, 3, 4, {"width": 24, "settings": {"steps": "none"}})
     with pytest.raises(UserError, match="these traces hold none"):
         target.setup(32, 3, 4, {"width": 24})  # of an extraction before there were steps
+
+
+def test_a_sample_whose_answer_left_no_step_follows_its_aggregate(lab: Any, samples: list[Sample]) -> None:
+    target, whole = TrajectoryTarget(steps="steps"), TrajectoryTarget()
     target.setup(32, 3, 4, STEPPED)
     (item,) = lab.encode(lab.model({}), samples[:1])
-    with pytest.raises(UserError, match="sample 'a' cannot be a target: it has no steps"):
-        target.prepare(item, lab.trace(samples[0]))
+    expected = whole.prepare(item, lab.trace(samples[0]))["gaze"]
+    torch.testing.assert_close(target.prepare(item, lab.trace(samples[0]))["gaze"], expected[:, None].expand(-1, 4))
 
 
 def test_the_registered_name_is_the_option() -> None:
