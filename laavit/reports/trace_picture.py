@@ -67,7 +67,7 @@ def draw_trace(sample: Sample, trace: Trace, path: Path) -> Path:
     top_columns = min(COLUMNS, len(top))
     rows = -(-len(top) // top_columns) + -(-len(strip) // COLUMNS)
     columns = max(top_columns, min(COLUMNS, len(strip)), 2)
-    words = _words(sample, trace, width=30 * columns)
+    words = _words(sample, trace, width=42 * columns)
     head = 0.16 + 0.175 * (words.count("\n") + 1)
     figure = Figure(figsize=(INCHES * columns, head + (INCHES + 0.3) * rows), layout=None)
     FigureCanvasAgg(figure)

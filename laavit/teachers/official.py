@@ -41,7 +41,7 @@ OVER = 1.02
 class LaViT15kFeatures:
     """The features that LaViT's authors publish, read sample by sample.
 
-    The samples have to carry the paths, ``meta['v_top_path_abs']`` and ``meta['attention_path_abs']`` (the data set
+    The samples have to carry the paths, ``meta["v_top_path"]`` and ``meta['attention_path']`` (the data set
     ``lavit_15k`` does). A path is looked for below ``root`` by its longest ending that is there, since the published
     ones are absolute on the authors' machine; nothing outside ``root`` is opened.
 
@@ -113,8 +113,8 @@ class OfficialPreparer:
         if len(sample.images) != 1:
             raise UserError(f"features: one image a sample was recorded, this one has {len(sample.images)}")
         tile = grid(image_size(sample.images[0]), teacher.cell, teacher.min_pixels, teacher.max_pixels)
-        maps = read_trajectory(find(sample, "attention_path_abs", teacher.root))
-        states = read_states(find(sample, "v_top_path_abs", teacher.root), teacher.width)
+        maps = read_trajectory(find(sample, "attention_path", teacher.root))
+        states = read_states(find(sample, "v_top_path", teacher.root), teacher.width)
         for what, count in (("map", len(maps[0])), ("features", len(states))):
             if count != tile.cells:
                 raise UserError(

@@ -228,3 +228,66 @@ def test_push_uploads(say: Say, store: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert say("push", store, "me/six", "--public")[0] == 0
     assert calls[0] == ("me/six", {"repo_type": "dataset", "private": False, "exist_ok": True})
     assert "header.json" in calls[1]["allow_patterns"]
+
+
+def official(root: Path, count: int = 5) -> Path:
+    """A tiny LaViT-15k as its authors store it: 56 x 84 pixels, features 5120 wide, those of the last one missing."""
+    records = []
+    for name in ("images/gqa", "features/vtop", "features/trajectories"):
+        (root / "data" / name).mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (56, 84), (40 * number, 80, 90)).save(root / f"data/images/gqa/{number}.png")
+        scores = [0.01 * (number + 1), 0.02, 0.03, 0.04, 0.05, 0.06]
+        steps = {"steps": [{"p_t": scores, "p_topk_idx": [5], "raw_attention_scores": scores}]}
+        (root / f"data/features/trajectories/{number}.json").write_text(json.dumps(steps))
+        if number < count - 1:
+            torch.save(torch.full((6, 5120), number + 1.0), root / f"data/features/vtop/{number}.pth")
+        records.append(
+            {
+                "question_id": number,
+                "dataset": "gqa",
+                "split": "train",
+                "question": "What colour?",
+                "ground_truth_enriched": "blue",
+                "image_relative_path": f"gqa/{number}.png",
+                "v_top_path_abs": f"/home/someone/data/features/vtop/{number}.pth",
+                "attention_path_abs": f"data/features/trajectories/{number}.json",
+            }
+        )
+    (root / "train.json").write_text(json.dumps({"results": records}))
+    return root / "train.json"
+
+
+def test_import(say: Say, tmp_path: Path) -> None:
+    file, out = official(tmp_path / "published"), tmp_path / "store"
+    bounds = ["--teacher.min_pixels", 784, "--teacher.max_pixels", 7840]
+    code, _, error = say("import", file, out, "--root", tmp_path / "published", *bounds)
+    assert code == 0, error
+    store = TraceStore(out)
+    assert len(store) == 4 and list(store.quarantined) == ["4"]
+    assert all("features: there is no" in reason for reason in store.quarantined.values())
+    for number, trace in enumerate(store):
+        assert float(trace.gaze[0]) == pytest.approx(0.01 * (number + 1))
+        assert torch.allclose(trace.semantics, torch.full((5120,), number + 1.0))
+        assert (trace.tiles[0].height, trace.tiles[0].width) == (3, 2)
+    torch.save(torch.ones(6, 5120), tmp_path / "published/data/features/vtop/4.pth")
+    assert say("import", file, out, "--root", tmp_path / "published", "--retry", *bounds)[0] == 0
+    assert len(TraceStore(out)) == 5 and not TraceStore(out).quarantined
+    code, out_text, _ = say("stats", out, "--recipe", _recipe(tmp_path, file))
+    assert code == 0 and next(line.split() for line in out_text.splitlines() if line.startswith("gqa "))[1] == "5"
+
+
+def _recipe(folder: Path, file: Path) -> Path:
+    images = file.parent / "data/images"
+    (folder / "cfg.py").write_text(f"data = dict(name='lavit_15k', annotations={str(file)!r}, root={str(images)!r})\n")
+    return folder / "cfg.py"
+
+
+def test_import_that_finds_nothing_says_why(say: Say, tmp_path: Path) -> None:
+    file = official(tmp_path / "published")
+    code, _, error = say("import", file, tmp_path / "store", "--root", tmp_path / "published", "--limit", 2)
+    assert code == 2 and "grid: map of 6 tokens, where the image and 200704 to 1003520 pixels give" in error
+    assert error.count("error: ") == 1
+    assert say("import", file, tmp_path / "b", "--root", tmp_path / "none")[0] == 2
+    code, _, error = say("import", file, tmp_path / "c", "--root", tmp_path, "--extract.layers", "null")
+    assert code == 2 and "extract.layers: the published features were recorded with" in error

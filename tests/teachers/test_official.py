@@ -56,8 +56,8 @@ def write(root: Path, number: int, count: int, steps: int = 1, features: Any = N
 
 def sample(root: Path, number: int, **meta: Any) -> Sample:
     paths = {
-        "v_top_path_abs": f"{ABROAD}/vtop/sample_{number:06d}_v_top_layer.pth",
-        "attention_path_abs": f"data/features/trajectories/sample_{number:06d}_attention.json",
+        "v_top_path": f"{ABROAD}/vtop/sample_{number:06d}_v_top_layer.pth",
+        "attention_path": f"data/features/trajectories/sample_{number:06d}_attention.json",
     }
     image = root / f"data/images/{number}.png"
     return Sample(str(number), (image,), "What?", "blue", meta={**paths, "final_answer": "Blue", **meta})
@@ -166,9 +166,9 @@ def test_nothing_outside_the_root_is_opened(published: Path, tmp_path_factory: p
     cases += [(str(outside), "there is no"), ("", "has no 'v_top"), (None, "has no 'v_top"), ("a\0b", "has no 'v_top")]
     for name, message in cases:
         with pytest.raises(UserError, match=message):
-            find(sample(published, 0, v_top_path_abs=name), "v_top_path_abs", published)
-    windows = sample(published, 0, v_top_path_abs=r"D:\x\vtop\sample_000001_v_top_layer.pth")
-    assert find(windows, "v_top_path_abs", published / "data/features").name == "sample_000001_v_top_layer.pth"
+            find(sample(published, 0, v_top_path=name), "v_top_path", published)
+    windows = sample(published, 0, v_top_path=r"D:\x\vtop\sample_000001_v_top_layer.pth")
+    assert find(windows, "v_top_path", published / "data/features").name == "sample_000001_v_top_layer.pth"
 
 
 def test_mistakes_are_said_before_the_first_sample(published: Path) -> None:
