@@ -45,6 +45,8 @@ def identify(records: pa.Table, numbered: bool = False) -> Identities:
 
 def _spelled(records: pa.Table, parts: list[str]) -> pa.Array:
     columns = [records[part].combine_chunks() for part in parts]
+    # a set without sources says nothing by an empty one
+    columns = [column for column in columns[:-1] if pc.max(pc.utf8_length(column)).as_py()] + columns[-1:]
     return pc.binary_join_element_wise(*columns, "-") if len(columns) > 1 else columns[0]
 
 

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 #: The longest question or answer by default, in characters: a longer one is a broken record in all published sets.
 MAX_CHARACTERS = 20_000
 
+#: Bytes from which on reading shows a bar.
+LONG = 1 << 24
+
 #: Records turned into Python objects at a time where all are asked for.
 BLOCK = 1024
 
@@ -114,7 +117,15 @@ class RecordReader(Sequence[Sample]):
 
     def raw(self) -> Iterator[tuple[str, Any]]:
         """Every value of the source with its place, in order."""
-        return streams.values(self.annotations, self.wrapper)
+        size = self.annotations.stat().st_size
+        if size < LONG:
+            yield from streams.values(self.annotations, self.wrapper)
+            return
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(f"reading {self.annotations.name}", total=size)
+            yield from streams.values(
+                self.annotations, self.wrapper, lambda position: bar.update(task, completed=position)
+            )
 
     def entries(self) -> Iterator[index.Entry]:
         """What the source holds: (place, record), or the quarantined, in order."""

@@ -15,7 +15,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -37,23 +37,26 @@ class Broken(NamedTuple):
     reason: str
 
 
-def values(path: Path, wrapper: str | None = None) -> Iterator[tuple[str, Any]]:
+def values(
+    path: Path, wrapper: str | None = None, seen: Callable[[int], object] = lambda position: None
+) -> Iterator[tuple[str, Any]]:
     """Every record of a file with its place ('record 3', from 0, or 'line 4', from 1), in order.
 
     Args:
         wrapper: the key under which an object at the top holds the list of records.
+        seen: is told how many bytes of the file have been read.
 
     Raises:
         UserError: the file cannot be read, is cut short, or its structure is no JSON.
     """
-    text = _Text(path)
+    text = _Text(path, seen)
     try:
         first = text.peek()
         if first == "[" or (first == "{" and wrapper is not None and _enter(text, wrapper)):
             yield from _items(text)
         elif first == "{":
             text.close()
-            text = _Text(path)
+            text = _Text(path, seen)
             yield from _lines(text)
         else:
             found = "it is empty" if not first else f"it begins with {first!r}"
@@ -65,8 +68,9 @@ def values(path: Path, wrapper: str | None = None) -> Iterator[tuple[str, Any]]:
 class _Text:
     """A window onto the file's text: ``buffer`` from ``at`` on is what is not yet consumed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, seen: Callable[[int], object]) -> None:
         self.path, self.buffer, self.at = path, "", 0
+        self._seen = seen
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         try:
             with path.open("rb") as file:
@@ -92,6 +96,8 @@ class _Text:
             raise UserError(f"'{self.path}' is a gzip file that is cut short or damaged: {error}") from error
         except OSError as error:
             raise UserError(f"the annotation file '{self.path}' cannot be read: {error.strerror}") from error
+        under = self._file.fileobj if isinstance(self._file, gzip.GzipFile) else self._file
+        self._seen(under.tell() if under is not None else 0)
         self.buffer = self.buffer[self.at :] + self._decoder.decode(chunk, not chunk)
         self.at = 0
         if len(self.buffer) > LONGEST:

@@ -131,11 +131,11 @@ def _turns(turns: Any) -> tuple[str, str, list[Corners]]:
     if "<" in answer and (tagged := _ANSWER.findall(answer)):
         answer = tagged[-1]
     if len(values) == 2:
-        return _question(values[0]), answer.strip(), []
+        return bare_question(values[0]), answer.strip(), []
     found = _BOX.findall(values[1])
     if not found:
         raise BadRecord(f"box: the second turn {shown(values[1])} holds no box [x1, y1, x2, y2]")
-    return _question(values[0]), answer.strip(), [spelled_corners(text) for text in found]
+    return bare_question(values[0]), answer.strip(), [spelled_corners(text) for text in found]
 
 
 def _is_no_text(value: Any) -> bool:
@@ -151,7 +151,7 @@ def _wrong_turn(turns: list[Any]) -> str:
     raise AssertionError("called for turns of which one is wrong")
 
 
-def _question(text: str) -> str:
+def bare_question(text: str) -> str:
     """The question itself: without image marks and without the requests at its end."""
     text = text.replace("<image>", " ").strip()
     while text[-_LONGEST:].lower().removesuffix(".").endswith(_REQUESTS):
