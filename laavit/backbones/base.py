@@ -61,7 +61,7 @@ class Backbone:
         model, processor = read(path, dtype, device, attention, device_map, quantization)
         bound_pixels(processor.image_processor, min_pixels, max_pixels)
         backbone = cls(model, processor)
-        runs = backbone.family.decoder(model).config._attn_implementation
+        runs = backbone.family.decoder(model).config._attn_implementation  # type: ignore[union-attr]
         if runs != attention:
             raise UserError(f"the decoder of '{path}' runs the attention '{runs}', not '{attention}'")
         return backbone
