@@ -212,4 +212,5 @@ class SequenceBuilder:
             vision = self.family.vision(output, pictures) if pictures else {}
             return input_ids, output["offset_mapping"][0], vision, self.family.spans(input_ids, vision)
         except ValueError as error:
-            raise UserError(f"sample '{sample.id}': the processor refuses it: {error}") from None
+            what = " ".join(str(error).split())
+            raise UserError(f"sample '{sample.id}': the processor refuses it: {what}") from None

@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from laavit.backbones import Backbone, PromptSettings, collate
+from laavit.backbones import Backbone, PromptSettings, SequenceBuilder, collate
 from laavit.backbones.chat import IGNORED
 from laavit.backbones.families import family_of
+from laavit.commands.export import exported_template
+from laavit.latents import latent_tokens
 from laavit.registry import UserError
 from laavit.structures import Encoded, Role, Sample, Span
 
@@ -98,12 +100,36 @@ def test_the_first_token_is_written_once(family: str, open_family: Open, samples
     assert torch.equal(item.input_ids, own["input_ids"][0])
 
 
+def test_latents_and_an_exported_template(family: str, open_family: Open, samples: list[Sample]) -> None:
+    """With latents before the answer, and from the template that an export writes, as without one."""
+    processor = copy.deepcopy(open_family(family).processor)
+    processor.tokenizer.add_tokens(latent_tokens(3), special_tokens=True)
+    config = open_family(family).model.config
+
+    def encoded() -> list[Encoded]:
+        builder = SequenceBuilder(processor, family_of(config, processor), SYSTEM, 3)
+        return [builder.encode(sample, sample.answer) for sample in samples]
+
+    before = encoded()
+    processor.chat_template = exported_template(processor.chat_template, SYSTEM.system, 3)
+    for item, again in zip(before, encoded(), strict=True):
+        latent = processor.tokenizer.decode(item.input_ids[item.roles == Role.LATENT])
+        assert latent == "".join(latent_tokens(3)[:-1])
+        assert (item.roles == Role.LATENT).nonzero().flatten()[0] == item.header[1]
+        assert torch.equal(again.input_ids, item.input_ids) and torch.equal(again.roles, item.roles)
+        assert again.header == item.header and again.spans == item.spans
+
+
 def test_what_cannot_be_asked_names_the_sample(family: str, open_family: Open, pictures: list[Path]) -> None:
     backbone = open_family(family)
     builder = backbone.builder(SYSTEM)
     for question in ("", "  \n", f"what is {backbone.family.placeholder}?"):
         with pytest.raises(UserError, match=r"sample 'q'"):
             builder.prompt_of(Sample("q", (pictures[0],), question, "no"))
+    if family.startswith("qwen"):
+        with pytest.raises(UserError, match=r"sample 'q': the processor refuses it: .*aspect ratio") as caught:
+            builder.prompt_of(Sample("q", (pictures[0],), "what?", "no"), [Image.new("RGB", (900, 4))])
+        assert "\n" not in str(caught.value)
 
 
 def test_a_builder_travels_to_a_data_worker(family: str, open_family: Open, samples: list[Sample]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from laavit.latents import latent_tokens
+from laavit.registry import UserError, nearest
 from laavit.structures import Span
 
 #: stands for an answer while its frame in a chat is looked for; private characters that no text holds
@@ -28,6 +30,8 @@ class Family:
     vision_keys: tuple[str, ...] = ("pixel_values",)
     #: what the geometry alone reads; kept with the vision tensors, never given to the model
     geometry_keys: tuple[str, ...] = ()
+    #: settings of the image processor that may be changed by name (``set_images``)
+    image_settings: tuple[str, ...] = ()
     #: whether ``feature_inputs`` can hand image features over in place of pixels
     takes_features = False
     #: patches of the vision tower along each side of a token
@@ -38,6 +42,28 @@ class Family:
         self.image_token_id: int = config.image_token_id
         #: what stands for one image in a prompt's text before the processor expands it
         self.placeholder: str = processor.image_token
+
+    def set_images(self, settings: Mapping[str, Any]) -> None:
+        """Change how images are cut up, over what the checkpoint and the processor's class say.
+
+        Raises:
+            UserError: the family has no such setting, or it takes another type of value.
+        """
+        image_processor = self.processor.image_processor
+        for name, value in settings.items():
+            if name not in self.image_settings:
+                raise UserError(
+                    f"images: {type(self).__name__} has no setting '{name}'; {nearest(name, self.image_settings)}"
+                )
+            kind = get_type_hints(image_processor.valid_kwargs)[name]
+            fits = isinstance(value, bool) if kind is bool else type(value) in {int, kind} and value > 0
+            if not fits:
+                raise UserError(
+                    f"images.{name}: got {value!r}; allowed: a {'' if kind is bool else 'positive '}{kind.__name__}"
+                )
+            setattr(image_processor, name, value)
+        # Defaults of the processor's class win over the image processor's own settings.
+        self.processor.images_kwargs = {**getattr(self.processor, "images_kwargs", {}), **settings}
 
     def vision(self, output: Mapping[str, Any], images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """The vision tensors of one sample: the processor's output, and what it does not tell about its images.
@@ -100,6 +126,7 @@ class Family:
 
         tokenizer, render = self.processor.tokenizer, self.processor.apply_chat_template
         header = render([turn("user", "?")], add_generation_prompt=True, tokenize=False)
+        header = header.partition(latent_tokens(1)[0])[0]  # an exported template writes latents after it
         whole = render([turn("user", "?"), turn("assistant", ANSWER)], add_generation_prompt=False, tokenize=False)
         before, found, after = whole.partition(ANSWER)
         first = tokenizer.encode(after, add_special_tokens=False)[:1] if found else []
