@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,6 +18,8 @@ from laavit.traces.store import TraceStore
 
 #: added to a distribution before its logarithm, so that a token that one side does not look at costs a finite amount
 EPSILON = 1e-12
+#: settings of the data that may differ between machines
+PLACES = ("annotations", "root")
 
 
 @dataclass
@@ -53,6 +57,18 @@ class Difference:
         return not any(lists) and self.same == self.common
 
 
+def header_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """What differs between two headers, a sentence part a key; where hashed data lie does not count."""
+    texts = shards.differences(_placeless(first), _placeless(second), subset=False)
+    return [text.replace("in the store", "in the first").replace("here", "in the second") for text in texts]
+
+
+def _placeless(header: Mapping[str, Any]) -> dict[str, Any]:
+    data = header.get("data") or {}
+    hashed = PLACES if "annotations_sha256" in data else ()
+    return {**header, "data": {key: value for key, value in data.items() if key not in hashed}}
+
+
 def divergence(first: Tensor, second: Tensor) -> float:
     """KL(first ‖ second) in nats of two maps [N] as distributions; NaN where a map has no mass."""
     if not bool(first.sum() > 0) or not bool(second.sum() > 0):
@@ -63,10 +79,7 @@ def divergence(first: Tensor, second: Tensor) -> float:
 
 def compare(first: TraceStore, second: TraceStore) -> Difference:
     """Everything that differs between two stores; one pass over what both have."""
-    found = Difference(header=shards.differences(first.header, second.header, subset=False))
-    found.header = [
-        text.replace("in the store", "in the first").replace("here", "in the second") for text in found.header
-    ]
+    found = Difference(header=header_differences(first.header, second.header))
     found.only = ([k for k in first.ids if k not in second], [k for k in second.ids if k not in first])
     aside = {*first.quarantined, *second.quarantined}
     found.quarantined = sorted(k for k in aside if first.quarantined.get(k) != second.quarantined.get(k))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from laavit.registry import UserError
 from laavit.structures import Trace
 from laavit.traces import shards
+from laavit.traces.diff import header_differences
 from laavit.traces.export import carry_verdicts, own
 from laavit.traces.schema import encode, storage, trace_features
 from laavit.traces.shards import Header, Record
@@ -48,9 +49,9 @@ def merge(out: Path, parts: Sequence[Path], partial: bool = False) -> Merged:
     for part, header in zip(parts[1:], headers[1:], strict=True):
         found = {"shard_size": header.shard_size, **header.content}
         wanted = {"shard_size": headers[0].shard_size, **headers[0].content}
-        if names := _different(wanted, found):
+        if names := header_differences(wanted, found):
             raise UserError(f"'{parts[0]}' and '{part}' were made with other settings: {'; '.join(names)}")
-    if all(header == headers[0] for header in headers):
+    if all((header.count, header.samples) == (headers[0].count, headers[0].samples) for header in headers):
         return _by_shards(out, parts, headers[0], partial)
     return _by_samples(out, parts, headers[0])
 
@@ -60,11 +61,6 @@ def _header(part: Path) -> Header:
     if header is None:
         raise UserError(f"there is no trace store at '{part}'")
     return header
-
-
-def _different(first: dict[str, object], second: dict[str, object]) -> list[str]:
-    texts = shards.differences(first, second, subset=False)
-    return [text.replace("in the store", "in the first").replace("here", "in the second") for text in texts]
 
 
 def _by_shards(out: Path, parts: Sequence[Path], header: Header, partial: bool) -> Merged:

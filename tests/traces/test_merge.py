@@ -34,6 +34,16 @@ def test_parts_of_a_plan_give_the_bytes_of_one_run(whole, tmp_path, contents, pa
     assert verify(tmp_path / "out") == {}
 
 
+def test_parts_may_have_read_the_data_at_other_places(write, tmp_path):
+    first = write("a", range(6), data={"annotations": "/a.json", "annotations_sha256": "x", "limit": 6})
+    other = write("b", range(6), data={"annotations": "/b/c.json", "annotations_sha256": "x", "limit": 6})
+    folders = [split(first, tmp_path / "p1", [0]), split(other, tmp_path / "p2", [1])]
+    assert merge(tmp_path / "out", folders).traces == 6
+    third = write("c", range(6), data={"annotations": "/a.json", "annotations_sha256": "y", "limit": 6})
+    with pytest.raises(UserError, match=r"'data\.annotations_sha256' is 'x' in the first"):
+        merge(tmp_path / "out2", [first.path, third.path])
+
+
 def test_a_damaged_shard_of_one_part_is_taken_from_another(whole, tmp_path, contents):
     first, second = split(whole, tmp_path / "a", [0, 1, 2, 3, 4]), split(whole, tmp_path / "b", [2])
     (first / "shard-00002.arrow").write_bytes(b"x")
