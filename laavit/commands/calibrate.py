@@ -224,9 +224,10 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def _words(settings: dict[str, Any]) -> str:
-    heads = settings.get("heads")
-    where = f"heads {list(map(list, heads))}" if heads else f"layers {list(settings.get('layers') or ['all'])}"
-    return f"{'+'.join(settings['rows'])}, {where}".replace("'", "")
+    kinds, layers, heads = "+".join(settings["rows"]), settings.get("layers"), settings.get("heads")
+    if heads:
+        return f"{kinds}, heads " + " ".join(f"{layer}:{head}" for layer, head in heads)
+    return f"{kinds}, " + (f"layers {' '.join(map(str, layers))}" if layers else "all layers")
 
 
 def calibrate_main(argv: Sequence[str]) -> int:

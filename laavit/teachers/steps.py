@@ -74,11 +74,13 @@ def split_answer(answer: str, offsets: Sequence[tuple[int, int]], kind: str, tag
     for index in range(1, len(firsts)):  # and at the end on what came before
         firsts[index] = max(firsts[index], firsts[index - 1])
     used = sorted({first for first in firsts if first >= 0})
+    if not used:  # no answer, or a blank one
+        return Steps((), (), ())
     bounds = [*used[1:], len(parts)]
     texts = tuple(answer[parts[first][0] : parts[stop - 1][1]] for first, stop in zip(used, bounds, strict=True))
     groups = tuple(_group(parts[first], words, answer) if words else "" for first in used)
     number = {first: index for index, first in enumerate(used)}
-    return Steps(texts, groups, tuple(number[first] for first in firsts) if used else ())
+    return Steps(texts, groups, tuple(number[first] for first in firsts))
 
 
 def _parts(answer: str, offsets: Sequence[tuple[int, int]], kind: str, words: Sequence[Word]) -> list[tuple[int, int]]:
