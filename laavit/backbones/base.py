@@ -44,6 +44,7 @@ class Backbone:
         max_pixels: int | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         quantization: str | Mapping[str, Any] | None = None,
+        images: Mapping[str, Any] | None = None,
     ) -> Backbone:
         """A folder, a hub name or ``zoo:NAME`` as a backbone; its text decoder runs laavit's attention function.
 
@@ -53,6 +54,7 @@ class Backbone:
                 saved with the processor, so that an export sees images as its training did.
             device_map: spreads the model over devices: 'auto' or another of transformers' ways, or module -> device.
             quantization: '8bit', '4bit', or arguments of transformers' ``BitsAndBytesConfig``.
+            images: settings of the image processor by name, as far as the family lets them be changed.
 
         Raises:
             UserError: no model can be read there or in this way, laavit does not know its family, the bounds
@@ -61,6 +63,7 @@ class Backbone:
         model, processor = read(path, dtype, device, attention, device_map, quantization)
         bound_pixels(processor.image_processor, min_pixels, max_pixels)
         backbone = cls(model, processor)
+        backbone.family.set_images(images or {})
         runs = backbone.family.decoder(model).config._attn_implementation  # type: ignore[union-attr]
         if runs != attention:
             raise UserError(f"the decoder of '{path}' runs the attention '{runs}', not '{attention}'")

@@ -23,6 +23,8 @@ class HFTeacher:
         min_pixels, max_pixels: images are scaled to lie between; None keeps the processor's own bound.
         device_map: spreads the model over devices ('auto', or module -> device), in place of ``device``.
         quantization: '8bit', '4bit', or arguments of transformers' ``BitsAndBytesConfig``.
+        images: how images are cut up, as far as the family lets it be changed (InternVL: max_patches; Gemma 3:
+            do_pan_and_scan).
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class HFTeacher:
         max_pixels: int | None = None,
         device_map: str | dict[str, Any] | None = None,
         quantization: str | dict[str, Any] | None = None,
+        images: dict[str, Any] | None = None,
     ) -> None:
         self.path, self.quantization = path, quantization
         place = ("cuda" if cuda.is_available() else "cpu") if device == "auto" else device
@@ -45,6 +48,7 @@ class HFTeacher:
             max_pixels=max_pixels,
             device_map=device_map,
             quantization=quantization,
+            images=images,
         )
         self.backbone.model.eval().requires_grad_(False)
 

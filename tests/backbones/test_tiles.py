@@ -43,8 +43,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Backbone]:
             folders[family] = tiny(family, tmp_path_factory.mktemp(family))
         if (family, crops) not in made:
             found = Backbone.load(str(folders[family]), dtype="float64")
-            if crops:
-                found.processor.images_kwargs = {**found.processor.images_kwargs, **PAN_AND_SCAN}
+            found.family.set_images(PAN_AND_SCAN if crops else {})
             made[family, crops] = found
         return made[family, crops]
 
@@ -264,12 +263,17 @@ def test_tiles_and_a_thumbnail(opened: Callable[..., Backbone], size: tuple[int,
     assert [tile.region for tile in tiles] == wanted + ([(0, 0, 1, 1)] if len(wanted) > 1 else [])
 
 
-def test_the_number_of_tiles_is_a_setting(opened: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = opened("internvl")
-    monkeypatch.setattr(backbone.processor.image_processor, "max_patches", 2)
-    assert len(prompt(backbone, noise(96, 32)).spans) == 3
-    monkeypatch.setattr(backbone.processor, "images_kwargs", {"crop_to_patches": False})
-    assert len(prompt(backbone, noise(96, 32)).spans) == 1
+def test_the_number_of_tiles_is_a_setting(opened: Callable[..., Backbone], tmp_path: Path) -> None:
+    folder = str(tiny("internvl", tmp_path))
+    for images, count in (({"max_patches": 2}, 3), ({"crop_to_patches": False}, 1), ({}, 4)):
+        assert len(prompt(Backbone.load(folder, images=images), noise(96, 32)).spans) == count
+    for images, said in (
+        ({"max_patches": 0}, "images.max_patches: got 0; allowed: a positive int"),
+        ({"crop_to_patches": 1}, "images.crop_to_patches: got 1; allowed: a bool"),
+        ({"max_patch": 3}, "InternVL has no setting 'max_patch'.*did you mean 'max_patches'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            opened("internvl").family.set_images(images)
 
 
 # --- Gemma 3 ----------------------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ class Family:
                     f"images.{name}: got {value!r}; allowed: a {'' if kind is bool else 'positive '}{kind.__name__}"
                 )
             setattr(image_processor, name, value)
-        # Defaults of the processor's class win over the image processor's own settings.
-        self.processor.images_kwargs = {**getattr(self.processor, "images_kwargs", {}), **settings}
+        if settings:  # defaults of the processor's class win over the image processor's own settings
+            self.processor.images_kwargs = {**getattr(self.processor, "images_kwargs", {}), **settings}
 
     def vision(self, output: Mapping[str, Any], images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """The vision tensors of one sample: the processor's output, and what it does not tell about its images.

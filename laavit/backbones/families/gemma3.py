@@ -21,6 +21,13 @@ class Gemma3(Tiled):
     layers look back no further than a sliding window, so that late rows see nothing of an early image there.
     """
 
+    image_settings = (
+        "do_pan_and_scan",
+        "pan_and_scan_min_crop_size",
+        "pan_and_scan_max_num_crops",
+        "pan_and_scan_min_ratio_to_activate",
+    )
+
     def __init__(self, config: PreTrainedConfig, processor: Any) -> None:
         super().__init__(config, processor)
         pixels, patch = int(config.vision_config.image_size), int(config.vision_config.patch_size)
@@ -32,11 +39,10 @@ class Gemma3(Tiled):
         found = [(0.0, 0.0, 1.0, 1.0)]
         if not self.setting("do_pan_and_scan"):
             return found
-        settings = ("pan_and_scan_min_crop_size", "pan_and_scan_max_num_crops", "pan_and_scan_min_ratio_to_activate")
         image = torch.empty(3, height, width, device="meta")
         # Of the class, since an image processor that runs on PIL has none; it reads nothing but its arguments.
         crops = Gemma3ImageProcessor.pan_and_scan_batched(
-            self.processor.image_processor, image, *(self.setting(name) for name in settings)
+            self.processor.image_processor, image, *(self.setting(name) for name in self.image_settings[1:])
         )
         begin = 0
         for crop in crops:  # they follow each other along one axis

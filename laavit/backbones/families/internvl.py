@@ -18,6 +18,8 @@ class InternVL(Tiled):
     Source: transformers' ``GotOcr2ImageProcessor.crop_image_to_patches`` (arXiv 2404.16821, dynamic resolution).
     """
 
+    image_settings = ("crop_to_patches", "min_patches", "max_patches")
+
     def __init__(self, config: PreTrainedConfig, processor: Any) -> None:
         super().__init__(config, processor)
         pixels, patch = int(config.vision_config.image_size[0]), int(config.vision_config.patch_size[0])
