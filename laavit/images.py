@@ -28,7 +28,6 @@ MAX_PIXELS = 178_956_970
 
 #: What Pillow's decoders raise on a damaged file, as found by flipping and cutting bytes (tests/test_images.py).
 BROKEN = (
-    UnidentifiedImageError,
     Image.DecompressionBombError,
     OSError,
     SyntaxError,
@@ -94,6 +93,8 @@ def _opened(path: Any) -> Iterator[Image.Image]:
             yield image
     except UserError:
         raise
+    except UnidentifiedImageError:
+        raise UserError(f"the image '{path}' cannot be read: it is none of {', '.join(FORMATS)}") from None
     except BROKEN as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the image '{path}' cannot be read: {said}") from None

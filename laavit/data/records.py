@@ -195,19 +195,27 @@ class RecordReader(Sequence[Sample]):
         return [Quarantined(**each) for each in table.to_pylist()]
 
     @property
+    def read(self) -> int:
+        """How many samples the whole file holds, and how many records are in quarantine, together."""
+        return len(self._index.samples) + len(self._index.quarantined)
+
+    def table(self, *columns: str) -> pa.Table:
+        """Columns of ``index.RECORDS`` of the samples, in order, without touching an image."""
+        return self._index.records.select(columns).take(pa.array(self._rows))
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """The samples' ids in order, without touching an image."""
         return tuple(self._ids.to_pylist())
 
     def sources_by_id(self) -> dict[str, str]:
         """Every sample's source set, without touching an image."""
-        sources = self._index.records["source"].take(pa.array(self._rows))
-        return dict(zip(self._ids.to_pylist(), sources.to_pylist(), strict=True))
+        return dict(zip(self.ids, self.table("source")["source"].to_pylist(), strict=True))
 
     @property
     def image_keys(self) -> list[tuple[str, ...]]:
         """The samples' image paths as they are written, in order, without touching an image (to group by image)."""
-        return [tuple(each) for each in self._index.records["images"].take(pa.array(self._rows)).to_pylist()]
+        return [tuple(each) for each in self.table("images")["images"].to_pylist()]
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -75,12 +75,14 @@ class _Text:
         try:
             with path.open("rb") as file:
                 head = file.read(2)
-            self._file: IO[bytes] | gzip.GzipFile
-            self._file = gzip.GzipFile(path) if head == b"\x1f\x8b" else path.open("rb")
+            self._raw = path.open("rb")
         except FileNotFoundError as error:
             raise UserError(f"the annotation file '{path}' does not exist") from error
         except OSError as error:
             raise UserError(f"the annotation file '{path}' cannot be read: {error.strerror}") from error
+        self._file: IO[bytes] | gzip.GzipFile = self._raw
+        if head == b"\x1f\x8b":
+            self._file = gzip.GzipFile(fileobj=self._raw)
         if head in (b"\xff\xfe", b"\xfe\xff"):
             self.close()
             raise UserError(f"'{path}' is not valid JSON: it is UTF-16; allowed: UTF-8")
@@ -96,8 +98,7 @@ class _Text:
             raise UserError(f"'{self.path}' is a gzip file that is cut short or damaged: {error}") from error
         except OSError as error:
             raise UserError(f"the annotation file '{self.path}' cannot be read: {error.strerror}") from error
-        under = self._file.fileobj if isinstance(self._file, gzip.GzipFile) else self._file
-        self._seen(under.tell() if under is not None else 0)
+        self._seen(self._raw.tell())
         self.buffer = self.buffer[self.at :] + self._decoder.decode(chunk, not chunk)
         self.at = 0
         if len(self.buffer) > LONGEST:
@@ -118,6 +119,7 @@ class _Text:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        self._raw.close()
 
     def value(self) -> Any:
         """The value that begins here, consumed; ``Broken`` where it ends but does not parse.
