@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,11 @@ def calibrate(recipe: Recipe, count: int, k: int) -> dict[str, Any]:
             }
             for choice, (raw, top) in zip(shown, shares, strict=True)
         ],
-        "proposal": {"name": proposal.name, "settings": settings_of(proposal, depth)},
+        "proposal": {
+            "name": proposal.name,
+            "settings": settings_of(proposal, depth),
+            "line": recipe_line(settings_of(proposal, depth), settings),
+        },
         "cells": _table(Cells.joined([cells, reported])),
     }
 
@@ -186,9 +191,16 @@ def _table(cells: Cells) -> list[dict[str, Any]]:
     return found
 
 
-def recipe_line(settings: dict[str, Any]) -> str:
-    """A choice as a recipe's line; keys that are all of the teacher are written out, for a base may hold others."""
-    arguments = {"rows": settings["rows"], "layers": settings.get("layers"), "heads": settings.get("heads")}
+def recipe_line(proposed: Mapping[str, Any], settings: ExtractSettings) -> str:
+    """A choice as a recipe's line: what is proposed, and what the recipe says besides."""
+    arguments: dict[str, Any] = {"rows": proposed["rows"]}
+    for field in fields(settings):
+        present = getattr(settings, field.name)
+        if field.name in ("layers", "heads"):
+            if field.name in proposed or present is not None:  # a base may hold what the proposal has no use for
+                arguments[field.name] = proposed.get(field.name)
+        elif field.name != "rows" and present != field.default:
+            arguments[field.name] = present
     return f"extract = dict({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
@@ -220,7 +232,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     if not chosen["in_box"][1] > found["chance"][2]:
         console.print("The gaze is hardly localised: no choice of rows looks at the boxes clearly more than chance.")
     console.print(f"proposed ({found['proposal']['name']}), for the recipe:", markup=False)
-    console.print("  " + recipe_line(found["proposal"]["settings"]), markup=False, highlight=False, soft_wrap=True)
+    console.print("  " + found["proposal"]["line"], markup=False, highlight=False, soft_wrap=True)
 
 
 def _words(settings: dict[str, Any]) -> str:
