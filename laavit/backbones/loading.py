@@ -111,4 +111,6 @@ def read(
     except (OSError, ValueError, ImportError, HfHubHTTPError) as error:
         what = " ".join(str(error).split()) if isinstance(error, ImportError) else str(error).strip().splitlines()[0]
         raise UserError(f"no vision-language model can be read from '{path}': {what}") from None
+    if model.dtype == torch.float64:
+        model.set_experts_implementation("eager")  # grouped matrix products of experts know no float64
     return (model if "device_map" in arguments else model.to(device)), processor

@@ -16,6 +16,7 @@ MODULES = {
     "qwen2_vl": "qwen",
     "qwen2_5_vl": "qwen",
     "qwen3_vl": "qwen",
+    "qwen3_vl_moe": "qwen",
     "idefics3": "idefics",
     "smolvlm": "idefics",
     "llava_onevision": "llava_onevision",

@@ -55,6 +55,9 @@ def spread(model: nn.Module, seed: int) -> None:
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.add_(noise)  # norms stay near one (or zero, where they are offsets), biases near zero
             continue
-        fan_in = 1 if "embed" in name and parameter.ndim == 2 else parameter[0].numel()
+        if "embed" in name and parameter.ndim == 2:
+            fan_in = 1
+        else:  # [out, in], [out, channels, kernel ...], or experts' [experts, out, in]
+            fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()
         sharp = 2.0 if any(part in name for part in ("q_proj", "k_proj")) else 1.0
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * sharp / math.sqrt(fan_in))

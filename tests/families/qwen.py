@@ -1,4 +1,4 @@
-"""Tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL: patch 8, merge 2, native resolution; Qwen3-VL with two DeepStack levels."""
+"""Tiny Qwen2-VL, Qwen2.5-VL, Qwen3-VL (two DeepStack levels, with and without experts): patch 8, merge 2."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
@@ -74,6 +76,13 @@ CLASSES: dict[str, tuple[Any, Any, Any, Any, str]] = {
         Qwen3VLVideoProcessor,
         TEMPLATE_3,
     ),
+    "qwen3_vl_moe": (
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+        TEMPLATE_3,
+    ),
 }
 TEXT = {
     "hidden_size": 32,
@@ -107,6 +116,11 @@ VISION: dict[str, dict[str, Any]] = {
         "deepstack_visual_indexes": [0, 1],
     },
 }
+VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
+MORE = {
+    "qwen3_vl": {"head_dim": 8},
+    "qwen3_vl_moe": {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+}
 
 
 def build(family: str, seed: int) -> tuple[Any, Any]:
@@ -114,9 +128,8 @@ def build(family: str, seed: int) -> tuple[Any, Any]:
     config_class, model_class, processor_class, video_class, template = CLASSES[family]
     words = tokenizer(SPECIAL, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     ids = {name: words.convert_tokens_to_ids(name) for name in SPECIAL}
-    more = {"head_dim": 8} if family == "qwen3_vl" else {}
     config = config_class(
-        text_config={**TEXT, "vocab_size": len(words), **more},
+        text_config={**TEXT, "vocab_size": len(words), **MORE.get(family, {})},
         vision_config=VISION[family],
         tie_word_embeddings=False,
         image_token_id=ids["<|image_pad|>"],

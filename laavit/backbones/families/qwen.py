@@ -104,3 +104,6 @@ class Qwen3VL(QwenVL):
         levels = [list(level) for level in zip(*(f.split(width, dim=-1) for f in features), strict=True)]
         output = BaseModelOutputWithDeepstackFeatures(pooler_output=levels[0], deepstack_features=levels[1:])
         return {"mm_encoder_outputs": {"image": output}}
+
+
+FAMILIES.register_module(name="qwen3_vl_moe", module=Qwen3VL)
