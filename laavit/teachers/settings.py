@@ -106,6 +106,8 @@ class ExtractSettings:
                 "extract.heads: a pair [layer, head] names its layer; leave extract.layers out beside pairs"
             )
         PromptSettings(order=self.prompt_order)
+        if self.prompt_order == "question_first" and set(self.rows) == {"question"}:
+            raise UserError("extract.rows: a question before the image cannot look at it; add 'header' or 'answer'")
 
     def pairs(self, depth: int, heads: int) -> dict[int, tuple[int, ...]] | None:
         """The heads averaged in each layer, for ``AttentionContext.heads``; None where all heads are.
