@@ -28,6 +28,8 @@ LONGEST = 1 << 26
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*("?)|[\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(r"[^,\]}\s]*")
+_CLOSED = '[{"'  # a value that begins so says itself where it ends
+_BETWEEN = ",]} \t\n\r"
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -71,7 +73,7 @@ class _Text:
     def __init__(self, path: Path, seen: Callable[[int], object]) -> None:
         self.path, self.buffer, self.at = path, "", 0
         self._seen = seen
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         try:
             with path.open("rb") as file:
                 head = file.read(2)
@@ -87,7 +89,6 @@ class _Text:
             self.close()
             raise UserError(f"'{path}' is not valid JSON: it is UTF-16; allowed: UTF-8")
         self.more()
-        self.buffer = self.buffer.removeprefix("\ufeff")
 
     def more(self) -> bool:
         """Read on; False at the file's end."""
@@ -132,8 +133,12 @@ class _Text:
             try:
                 found, stop = _decode(self.buffer, self.at)
                 if stop < len(self.buffer):
-                    self.at = stop
-                    return found
+                    if self.buffer[self.at] in _CLOSED or self.buffer[stop] in _BETWEEN:
+                        self.at = stop
+                        return found
+                    reason = (
+                        "it is no number"  # or one that the buffer cuts: 12.5 reads as 12 as long as it ends in 12.
+                    )
             except RecursionError:
                 reason = "it is nested too deeply"
             except ValueError as error:
@@ -149,7 +154,7 @@ class _Text:
 
     def _skip(self) -> int | None:
         """Where the value that begins here ends, by its brackets and quotes alone; None where the buffer ends first."""
-        if self.buffer[self.at] not in '[{"':
+        if self.buffer[self.at] not in _CLOSED:
             match = _SCALAR.match(self.buffer, self.at)
             assert match is not None, "the pattern matches everywhere"
             return match.end() if match.end() < len(self.buffer) else None

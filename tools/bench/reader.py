@@ -31,7 +31,28 @@ REQUEST = " Please provide the bounding box coordinate of the region that can he
 WAYS = ("json.load", "first opening", "second opening")
 #: what the first opening is held to: seconds, bytes
 WANTED = {"first opening": (30.0, 300 * 2**20)}
-WORDS = ["what", "where", "is", "the", "of", "a", "man", "woman", "child", "red", "blue", "small", "large", "sign", "number", "left", "right", "under", "behind", "holding"]
+WORDS = [
+    "what",
+    "where",
+    "is",
+    "the",
+    "of",
+    "a",
+    "man",
+    "woman",
+    "child",
+    "red",
+    "blue",
+    "small",
+    "large",
+    "sign",
+    "number",
+    "left",
+    "right",
+    "under",
+    "behind",
+    "holding",
+]
 
 
 def records(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -71,22 +92,34 @@ def write(path: Path, count: int) -> None:
 
 def high_water() -> int:
     """Highest resident size of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
     import resource  # ru_maxrss is in bytes on macOS, in kilobytes elsewhere
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def resident() -> int:
+    """What is resident now; the high-water mark starts again there, where the system allows it."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+    return high_water()
+
+
 def worker(way: str, path: Path) -> dict[str, Any]:
     """One measurement: seconds to the first sample, bytes over the imports, and how many samples there are."""
     if way == "json.load":
-        before, begin = high_water(), time.perf_counter()
+        before, begin = resident(), time.perf_counter()
         opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rt", encoding="utf-8") as file:
             count = len(json.load(file))
     else:
         from laavit.data.visual_cot import VisualCoT
 
-        before, begin = high_water(), time.perf_counter()
+        before, begin = resident(), time.perf_counter()
         samples = VisualCoT(path, path.parent)
         samples.describe(0)  # all of the first sample but its image file, which is not generated
         count = len(samples)
