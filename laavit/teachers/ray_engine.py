@@ -141,7 +141,7 @@ def _cluster() -> Iterator[Any]:
         import ray.data
     except ImportError as error:
         raise UserError(f"Ray is not installed ({error}); pip install 'laavit[ray]'") from error
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the bar here says it all
     begun = not ray.is_initialized()
     if begun:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
