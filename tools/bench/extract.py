@@ -46,13 +46,13 @@ PIXELS = 16  # of a side of an image token: patches of 8, merged by two
 
 def write_teacher(folder: Path, options: argparse.Namespace) -> None:
     """The micro-lab's architecture at the chosen size, random, for images of up to ``--large`` tokens."""
-    from laavit.backbones.base import bound_pixels
     from laavit.microlab.tiny import Sizes, build_model, build_processor, build_tokenizer
 
     tokenizer = build_tokenizer()
     processor = build_processor(tokenizer)
     most = max(options.large, options.tokens[1])
-    bound_pixels(processor.image_processor, PIXELS**2, 2 * most * PIXELS**2)
+    pixels = processor.image_processor
+    pixels.size = type(pixels.size)(shortest_edge=PIXELS**2, longest_edge=2 * most * PIXELS**2)  # Qwen's are areas
     sizes = Sizes(options.width, options.layers, vision_width=32, vision_layers=4, vision_heads=2)
     model = build_model(sizes, tokenizer, seed=0)
     # One vision layer sees the whole image, the others windows, as in Qwen2.5-VL: the tower stays the small part.
@@ -379,13 +379,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def arguments() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=32, help="of mixed sizes")
-    parser.add_argument("--tokens", type=int, nargs=2, default=[64, 1024], help="least and most image tokens of these")
-    parser.add_argument("--answer", type=int, default=32, help="tokens of each answer")
-    parser.add_argument("--batch", type=int, default=8, help="samples a batch of ours")
+    parser.add_argument("--samples", type=int, default=128, help="of mixed sizes")
+    parser.add_argument("--tokens", type=int, nargs=2, default=[16, 256], help="least and most image tokens of these")
+    parser.add_argument("--answer", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--batch", type=int, default=16, help="samples a batch of ours")
     parser.add_argument("--large", type=int, default=4096, help="image tokens of the sample whose memory is measured")
     parser.add_argument("--width", type=int, default=128, help="of the teacher")
-    parser.add_argument("--layers", type=int, default=8, help="of the teacher")
+    parser.add_argument("--layers", type=int, default=3, help="of the teacher")
     parser.add_argument("--shape", type=int, nargs=2, default=[698, 5120], help="tokens and width of made-up traces")
     parser.add_argument("--kept", type=int, default=32, help="how many of these")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
