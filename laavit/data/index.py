@@ -112,19 +112,24 @@ def open_index(
     """
     name = _digest({**identity, "layout": VERSION, "paths": [str(path.resolve()) for path in sources]})
     folder = cache_folder() / "data" / f"{identity['reader']}-{name[:16]}"
+    found = _fitting(folder / _digest(_stamp(sources))[:16])
+    if found is not None:  # without the lock: the cache may be one that cannot be written
+        return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):  # the processes of one run open together: one writes, the others wait
             stamp = _stamp(sources)
             done = folder / _digest(stamp)[:16]
-            if not _fits(done, sources):
+            found = _fitting(done, sources)
+            if found is None:
                 _write(done, sources, stamp, entries(), numbered)
+                found = reopen(done)
     except OSError as error:
         raise UserError(
             f"the index of '{sources[0]}' cannot be kept in '{folder}' ({error.strerror or error}); "
             "set LAAVIT_CACHE to a folder that can be written"
         ) from error
-    return reopen(done)
+    return found
 
 
 def reopen(folder: Path) -> Index:
@@ -156,16 +161,22 @@ def _content(sources: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _fits(done: Path, sources: Sequence[Path]) -> bool:
-    head = read_object(done / "index.json")
-    if not head:
-        return False
-    if head["content"] is None:
-        return True
-    if head["content"] != _content(sources):
-        return False
-    write_json(done / "index.json", {**head, "content": None})  # it is old enough now
-    return True
+def _fitting(done: Path, sources: Sequence[Path] | None = None) -> Index | None:
+    """The index in a folder, where it is whole and of the files' present state.
+
+    Args:
+        sources: what an index is compared with that was written too soon after its files; None: it does not fit then.
+    """
+    try:
+        head = read_object(done / "index.json")
+        if not head or (head["content"] is not None and (sources is None or head["content"] != _content(sources))):
+            return None
+        if head["content"] is not None:
+            write_json(done / "index.json", {**head, "content": None})  # its files are old enough now
+        return reopen(done)
+    except (pa.ArrowInvalid, FileNotFoundError, KeyError, UserError) as error:  # a power cut, or someone's hands
+        logger.warning("the index in %s is damaged (%s) and is written anew", done, error)
+        return None
 
 
 def _write(

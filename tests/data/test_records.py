@@ -118,6 +118,30 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(read: Read, monkeypatch:
         read([four(1)])
 
 
+@pytest.mark.parametrize("name", ["records.arrow", "samples.arrow", "index.json"])
+def test_a_damaged_index_is_written_anew(read: Read, root: Path, name: str) -> None:
+    file = root.parent / "annotations.json"
+    file.write_text(json.dumps([four(1), four(2)]))
+    os.utime(file, (time.time() - 100, time.time() - 100))
+    read()
+    (folder,) = indexes(root)
+    whole = (folder / name).read_bytes()
+    for rest in (whole[: len(whole) // 2], b"", None):
+        (folder / name).unlink()
+        if rest is not None:
+            (folder / name).write_bytes(rest)
+        assert read().ids == ("1", "2") and read()[1].question == "What does the child wear?"
+
+
+def test_a_cache_that_can_only_be_read_serves(read: Read, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from laavit.data import index
+
+    read([four(1)])
+    assert read().ids == ("1",)  # the second opening confirms an index that is as young as its file
+    monkeypatch.setattr(index, "FileLock", lambda path: pytest.fail("locked"))
+    assert read().ids == ("1",)
+
+
 def ids_of(file: Path, root: Path, cache: Path, queue: Any) -> None:
     os.environ["LAAVIT_CACHE"] = str(cache)
     queue.put(VisualCoT(file, root).ids)
