@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from laavit.attention import IMPLEMENTATION, AttentionContext
 from laavit.backbones.chat import IGNORED, PromptSettings, SequenceBuilder
 from laavit.backbones.families import family_of
-from laavit.backbones.loading import bound_pixels, dtype_of, read
+from laavit.backbones.loading import check_map, dtype_of, quantization_config, read_model, read_processor
 from laavit.registry import UserError
 from laavit.structures import Batch, Encoded, Role
 
@@ -60,8 +60,11 @@ class Backbone:
             UserError: no model can be read there or in this way, laavit does not know its family, the bounds
                 contradict each other, or its decoder does not take the attention function.
         """
-        model, processor = read(path, dtype, device, attention, device_map, quantization)
-        bound_pixels(processor.image_processor, min_pixels, max_pixels)
+        kind = dtype_of(dtype)
+        check_map(device_map)
+        quantized = quantization_config(quantization, kind)
+        processor = read_processor(path, min_pixels, max_pixels)  # small, and refused before the weights are read
+        model = read_model(path, kind, device, attention, device_map, quantized)
         backbone = cls(model, processor)
         backbone.family.set_images(images or {})
         runs = backbone.family.decoder(model).config._attn_implementation  # type: ignore[union-attr]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from laavit.attention import IMPLEMENTATION
+from laavit.backbones.families import family_class
 from laavit.recipe import zoo_path
 from laavit.registry import UserError, nearest
 
@@ -51,6 +53,12 @@ def bound_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int |
     image_processor.size = type(image_processor.size)(shortest_edge=least, longest_edge=most)
 
 
+def check_map(device_map: str | Mapping[str, Any] | None) -> None:
+    """Raises: UserError: transformers spreads a model over devices in no way of that name."""
+    if isinstance(device_map, str) and device_map not in MAPS:
+        raise UserError(f"device_map: got '{device_map}'; {nearest(device_map, MAPS)}; or module -> device")
+
+
 def quantization_config(spec: str | Mapping[str, Any] | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """A name of ``QUANTIZATIONS``, or arguments of ``BitsAndBytesConfig``, as transformers wants it; None is none.
 
@@ -78,39 +86,52 @@ def quantization_config(spec: str | Mapping[str, Any] | None, dtype: torch.dtype
         raise UserError(f"quantization: {error}") from None
 
 
-def read(
+@contextmanager
+def reading(path: str) -> Iterator[str]:
+    """Says where a model cannot be read, and why, in one sentence; gives the place that a ``zoo:`` stands for.
+
+    Raises:
+        UserError: whatever transformers and the hub raise for what is missing, damaged, unknown or not installed.
+    """
+    try:
+        yield zoo_path(path)
+    except (UserError, OSError, ValueError, ImportError, HfHubHTTPError) as error:
+        what = " ".join(str(error).split()) if isinstance(error, ImportError) else str(error).strip().splitlines()[0]
+        raise UserError(f"no vision-language model can be read from '{path}': {what}") from None
+
+
+def read_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+    """A model's processor, its bounds set; refuses a family that laavit does not know. See ``Backbone.load``."""
+    with reading(path) as place:
+        family_class(AutoConfig.from_pretrained(place).model_type)
+        processor = AutoProcessor.from_pretrained(place)
+    bound_pixels(processor.image_processor, min_pixels, max_pixels)
+    return processor
+
+
+def read_model(
     path: str,
-    dtype: str,
+    dtype: torch.dtype,
     device: str,
     attention: str = IMPLEMENTATION,
     device_map: str | Mapping[str, Any] | None = None,
-    quantization: str | Mapping[str, Any] | None = None,
-) -> tuple[Any, Any]:
-    """A model and its processor from a folder, a hub name or ``zoo:NAME``; see ``Backbone.load``.
+    quantization: BitsAndBytesConfig | None = None,
+) -> Any:
+    """A model from a folder, a hub name or ``zoo:NAME``; see ``Backbone.load``.
 
     Raises:
         UserError: none can be read there, or not in this way.
     """
-    arguments: dict[str, Any] = {"dtype": dtype_of(dtype)}
-    quantized = quantization_config(quantization, arguments["dtype"])
-    if quantized is not None:
-        arguments["quantization_config"] = quantized
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
         device_map = {"": device} if device_map is None else device_map  # quantised weights cannot be moved later
-    if isinstance(device_map, str) and device_map not in MAPS:
-        raise UserError(
-            f"device_map: got '{device_map}'; {nearest(device_map, MAPS)}, or a module's name -> its device"
-        )
     if device_map is not None:
         arguments["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
-    place = zoo_path(path)
-    try:
+    with reading(path) as place:
         model = AutoModelForImageTextToText.from_pretrained(
             place, attn_implementation={"text_config": attention, "vision_config": "sdpa"}, **arguments
         )
-        processor = AutoProcessor.from_pretrained(place)
-    except (OSError, ValueError, ImportError, HfHubHTTPError) as error:
-        what = " ".join(str(error).split()) if isinstance(error, ImportError) else str(error).strip().splitlines()[0]
-        raise UserError(f"no vision-language model can be read from '{path}': {what}") from None
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # grouped matrix products of experts know no float64
-    return (model if "device_map" in arguments else model.to(device)), processor
+    return model if device_map is not None else model.to(device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from laavit.attention import AttentionContext
-from laavit.backbones import Backbone, PromptSettings, collate, loading
+from laavit.backbones import Backbone, PromptSettings, base, collate, loading
 from laavit.backbones.loading import quantization_config
 from laavit.recipe import cards, checked
 from laavit.registry import TEACHERS, UserError
@@ -68,6 +68,27 @@ def test_what_cannot_be_placed_or_quantised_is_one_sentence(folder_of: Folder, m
         Backbone.load(folder, quantization={"load_in_4bit": True, "load_in_8bit": True})
     with pytest.raises(UserError, match="quantization: "):
         Backbone.load(folder, quantization={"load_in_4bit": "yes", "bnb_4bit_compute_dtype": "float23"})
+
+
+def test_what_is_refused_is_refused_before_the_weights_are_read(
+    folder_of: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the weights are read")
+
+    monkeypatch.setattr(base, "read_model", never)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(UserError, match=r"can be read from '.*': the model is of type 'qwen2', .*'qwen2_vl'"):
+        Backbone.load(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    with pytest.raises(UserError, match="no vision-language model can be read from") as caught:
+        Backbone.load(str(tmp_path))  # no processor
+    assert "\n" not in str(caught.value)
+    for given in ({"dtype": "half"}, {"device_map": "all"}, {"quantization": "2bit"}, {"min_pixels": -1}):
+        with pytest.raises(UserError):
+            Backbone.load(str(folder_of("qwen3_vl")), **given)
+    with pytest.raises(UserError, match="Idefics3ImageProcessor does not scale images by their area"):
+        Backbone.load(str(folder_of("idefics3")), max_pixels=1000)
 
 
 def test_names_become_arguments_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,19 +18,38 @@ from laavit.backbones.families.llava_onevision import LlavaOnevision
 from laavit.backbones.families.qwen import Qwen3VL, QwenVL
 from laavit.registry import FAMILIES, UserError, nearest
 
-__all__ = ["Family", "Gemma3", "Idefics", "InternVL", "LlavaOnevision", "Qwen3VL", "QwenVL", "family_of"]
+__all__ = [
+    "Family",
+    "Gemma3",
+    "Idefics",
+    "InternVL",
+    "LlavaOnevision",
+    "Qwen3VL",
+    "QwenVL",
+    "family_class",
+    "family_of",
+]
+
+
+def family_class(model_type: str) -> type[Family]:
+    """The family registered for a ``model_type``.
+
+    Raises:
+        UserError: laavit does not know where this family keeps its image tokens.
+    """
+    kind = FAMILIES.get(model_type)
+    if kind is None:
+        raise UserError(
+            f"the model is of type '{model_type}', and laavit does not know where it keeps its image tokens; "
+            f"{nearest(model_type, FAMILIES.module_dict)}"
+        )
+    return kind
 
 
 def family_of(config: PreTrainedConfig, processor: Any) -> Family:
     """The family of a model's configuration.
 
     Raises:
-        UserError: laavit does not know where this family keeps its image tokens.
+        UserError: laavit does not know it.
     """
-    kind = FAMILIES.get(config.model_type)
-    if kind is None:
-        raise UserError(
-            f"the model is of type '{config.model_type}', and laavit does not know where it keeps its image tokens; "
-            f"{nearest(config.model_type, FAMILIES.module_dict)}"
-        )
-    return kind(config, processor)
+    return family_class(config.model_type)(config, processor)
