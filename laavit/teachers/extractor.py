@@ -108,5 +108,7 @@ class HFExtractor:
         for prompt in prompts:
             own = features[offset : offset + len(prompt.sample.images)]
             offset += len(own)
-            seen.append(replace(prompt, features=torch.cat(list(own))))
+            # The pixels have done their work; kept, they would be copied into every batch that follows.
+            rest = {key: value for key, value in prompt.vision.items() if not key.startswith("pixel_")}
+            seen.append(replace(prompt, features=torch.cat(list(own)), vision=rest))
         return seen

@@ -15,6 +15,9 @@ from transformers import AutoModelForImageTextToText
 from laavit.structures import Encoded, Role, Sample, Trace
 from laavit.teachers import ExtractSettings, HFTeacher
 
+#: every family is tested; all but these two take their time (``make slow``)
+QUICK = ("qwen2_5_vl", "gemma3")
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY_NAMES]
 ANSWER = "the blue  shape. It is left!"
 
 
@@ -112,7 +115,7 @@ def every_pair(naive: Naive, layers: list[int]) -> list[tuple[int, int]]:
     return [(layer, head) for layer in layers for head in range(naive.maps.shape[1])]
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("order", ["image_first", "question_first"])
 def test_gaze_and_mass(opened: Callable[[str], Family], family: str, order: str) -> None:
     made = opened(family)
@@ -139,7 +142,7 @@ def test_gaze_and_mass(opened: Callable[[str], Family], family: str, order: str)
             assert trace.gaze.shape == (sum(tile.cells for tile in trace.tiles),)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layer", [-1, 0])
 def test_semantics_of_every_kind_and_layer(opened: Callable[[str], Family], family: str, layer: int) -> None:
     made = opened(family)
@@ -166,7 +169,7 @@ def test_semantics_of_every_kind_and_layer(opened: Callable[[str], Family], fami
             close(trace.semantics, expected)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("kind", "rows"), [("token", "own"), ("word", "predicting"), ("sentence", "own")])
 def test_steps(opened: Callable[[str], Family], family: str, kind: str, rows: str) -> None:
     made = opened(family)
@@ -202,7 +205,7 @@ def test_steps(opened: Callable[[str], Family], family: str, kind: str, rows: st
             close(trace.gaze, plain.gaze)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_prompt_order_decides_whether_states_know_the_question(
     opened: Callable[[str], Family], family: str
 ) -> None:

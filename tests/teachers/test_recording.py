@@ -14,7 +14,6 @@ from torch import Tensor
 
 from laavit.backbones import collate
 from laavit.backbones.rows import ROW_KINDS
-from laavit.registry import UserError
 from laavit.structures import Box, Role, Sample, Span, Tile, Trace
 from laavit.teachers import ExtractSettings, HFTeacher
 from laavit.teachers.extractor import HFExtractor, record
@@ -148,21 +147,6 @@ def test_gaze_pooling_or_question_first_make_it_contextual(
 ) -> None:
     one, two = semantics_of_two_questions(teacher, pictures, **changes)
     assert (one - two).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rows": ("questions",)}, r"extract\.rows.*did you mean 'question'"),
-        ({"semantics": "gaze_topk"}, r"extract\.semantics.*did you mean 'gaze_top_k'"),
-        ({"answer": "golden"}, r"extract\.answer.*did you mean 'gold'"),
-        ({"batch_size": 0}, r"extract\.batch_size: at least 1"),
-        ({"prompt_order": "image_last"}, "allowed: image_first, question_first"),
-    ],
-)
-def test_bad_settings_are_named(changes: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        ExtractSettings(**changes)
 
 
 def test_a_teacher_is_frozen_and_in_eval_mode(teacher: HFTeacher) -> None:
