@@ -117,6 +117,8 @@ class SequenceBuilder:
 
         def covering(begin: int, end: int) -> tuple[int, int]:
             inside = (real & (stops > begin) & (starts < end)).nonzero().flatten().tolist()
+            if not inside:
+                raise UserError(f"sample '{sample.id}': the tokenizer leaves nothing of '{sample.question[:80]}'")
             return inside[0], inside[-1] + 1
 
         # The processor writes many tokens for a placeholder: what stands after the images moves by the difference.
@@ -143,7 +145,10 @@ class SequenceBuilder:
     def with_answer(self, prompt: Encoded, answer: str) -> Encoded:
         """A prompt continued by an answer and the end-of-turn token, all of it to be learned."""
         text = self.family.answer_frame[0] + answer
-        words = self.processor.tokenizer.encode(text, add_special_tokens=False)
+        tokenizer = self.processor.tokenizer
+        words = tokenizer.encode(text, add_special_tokens=False)
+        if self.family.image_token_id in words:  # words that spell an image's place are words here
+            words = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         learned = torch.tensor([*words, self.family.end_of_turn()])
         input_ids = torch.cat([prompt.input_ids, learned])
         labels = torch.full(input_ids.shape, IGNORED)

@@ -132,6 +132,19 @@ def test_what_cannot_be_asked_names_the_sample(family: str, open_family: Open, p
         assert "\n" not in str(caught.value)
 
 
+def test_an_answer_that_spells_an_image_is_words(family: str, open_family: Open, samples: list[Sample]) -> None:
+    backbone = open_family(family)
+    token = backbone.tokenizer.decode([backbone.family.image_token_id])
+    prompt = backbone.builder(SYSTEM).prompt_of(samples[0])
+    item = backbone.builder(SYSTEM).with_answer(prompt, f"a {token} b")
+    assert f"a {token} b" in words(backbone, item, Role.ANSWER)
+    image = item.input_ids == backbone.family.image_token_id
+    assert int(image.sum()) == int((prompt.input_ids == backbone.family.image_token_id).sum())
+    plain = backbone.builder(SYSTEM).with_answer(prompt, "a b")  # and the tokenizer is as it was
+    assert words(backbone, plain, Role.ANSWER).endswith(backbone.tokenizer.decode([backbone.family.end_of_turn()]))
+    assert torch.equal(backbone.builder(SYSTEM).prompt_of(samples[0]).input_ids, prompt.input_ids)
+
+
 def test_a_builder_travels_to_a_data_worker(family: str, open_family: Open, samples: list[Sample]) -> None:
     builder = open_family(family).builder(SYSTEM)
     there = pickle.loads(pickle.dumps(builder))  # noqa: S301 - our own
