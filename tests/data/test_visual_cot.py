@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from laavit.data.visual_cot import VisualCoT
+from laavit.images import open_image
 from laavit.registry import DATASETS, UserError
 from laavit.structures import Box
 
@@ -55,6 +56,13 @@ def test_pixel_boxes_are_divided_by_the_real_size(read):
     record = two(image=["cot/a.png", "cot/a.png###[10, 10, 50, 40]"])
     del record["bboxes"]
     assert read([record])[0].boxes == (Box(0.1, 0.2, 0.5, 0.8, 0),)
+
+
+def test_pixel_boxes_are_of_the_upright_image(read, root):
+    """A photograph stored 60 x 40 that its EXIF data turn to 40 x 60: the box is in what is seen."""
+    Image.new("RGB", (60, 40)).save(root / "cot/turned.jpg", exif=corpus.turned())
+    sample = read([two(image=["cot/turned.jpg###[0, 30, 20, 60]"], bboxes=None)])[0]
+    assert sample.boxes == (Box(0, 0.5, 0.5, 1),) and open_image(sample.images[0]).size == (40, 60)
 
 
 def test_a_box_that_rounding_made_flat_is_taken_from_its_pixels(read):
