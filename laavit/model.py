@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from laavit.attention import AttentionContext, GatePath
 from laavit.backbones.chat import IGNORED
 from laavit.backbones.rows import row_positions
+from laavit.data.aligned import header_of
 from laavit.gates import PATHS, Gate
 from laavit.registry import UserError
 from laavit.structures import Batch, Role, StudentOutput
@@ -135,7 +136,8 @@ def build_model(recipe: Any, header: Mapping[str, Any]) -> LaViT:
     """The model of a recipe: student with latents, gate, targets with their sizes.
 
     Args:
-        recipe: a ``laavit.recipe.Recipe``. header: of the trace store, ``{}`` where no target needs one.
+        recipe: a ``laavit.recipe.Recipe``. header: of the trace store (a target's own store goes before it), ``{}``
+            where no target needs one.
     """
     generator = torch.Generator().manual_seed(recipe.config["seed"])
     with torch.random.fork_rng():
@@ -152,7 +154,8 @@ def build_targets(recipe: Any, student: Any, header: Mapping[str, Any]) -> dict[
     targets = {name: recipe.build(f"targets.{name}") for name in recipe.config["targets"]}
     for name, target in targets.items():
         try:
-            target.setup(student.backbone.width, student.backbone.depth, student.latents, header)
+            own = header if target.store is None else header_of(target.store)
+            target.setup(student.backbone.width, student.backbone.depth, student.latents, own)
         except UserError as error:
             raise UserError(f"targets.{name}: {error}") from None
     return targets

@@ -38,7 +38,8 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
 
     settings = replace(recipe.build("train"), seed=recipe.config["seed"])
     traces: TraceSettings = recipe.build("traces")
-    needs_store = bool(recipe.config["targets"]) or bool(traces.select)
+    parts = [recipe.build(f"targets.{name}") for name in recipe.config["targets"]]
+    needs_store = bool(traces.select) or any(part.needs_trace and part.store is None for part in parts)
     store = open_store(traces, recipe) if needs_store else None
     samples = select(recipe.build("data"), store, traces.select)
     if hasattr(samples, "check"):  # every image file is looked at, so that hours of work do not end at a missing one
@@ -59,6 +60,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
         "samples": len(samples),
         "student_weights_sha256": student.backbone.weights_digest(),
         "trace_store_sha256": store.digest(traces.select) if store is not None else None,
+        "target_stores_sha256": {n: s.digest() for n, s in dataset.stores.items() if s is not store},
         "recipe_sha256": recipe.digest(),
         "trainable_parameters": sum(p.numel() for _, p in model.trainable_parameters()),
     }

@@ -17,8 +17,11 @@ from laavit.backbones.base import collate
 from laavit.backbones.chat import SequenceBuilder
 from laavit.backbones.vision_cache import VisionCache
 from laavit.registry import SETTINGS, UserError
-from laavit.structures import Batch, Encoded, Sample
+from laavit.structures import Batch, Encoded, Sample, Trace
 from laavit.targets.base import Target, stack
+from laavit.targets.controls import PAIRED, partners
+from laavit.traces.hub import local_store
+from laavit.traces.shards import read_header
 from laavit.traces.store import TraceStore
 
 logger = logging.getLogger(__name__)
@@ -98,16 +101,30 @@ class Subset(Sequence[Sample]):
             self.samples[int(place)]
 
 
+def header_of(path: str) -> dict[str, Any]:
+    """The header of the trace store that a target names for itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = read_header(local_store(path))
+    if found is None:
+        raise UserError(f"there is no trace store at '{path}'")
+    return found.content
+
+
 class AlignedDataset(Dataset[Item]):
     """Encoded samples with what each target prepared for them.
 
     Args:
         samples: the samples to train on. builder: makes their sequences. targets: by name.
-        store: traces; needed when a target needs them. cache: features of a frozen vision tower, or None.
+        store: traces; needed when a target needs them and names no store of its own.
+        cache: features of a frozen vision tower, or None.
         keep: keep encoded samples in memory (small data sets; with cached features a sample costs a few kB).
 
     Raises:
-        UserError: before the first step, when a sample's trace is missing, or the family takes no cached features.
+        UserError: before the first step, when a sample's trace or box is missing, the data set is too uniform for a
+            target's control, or the family takes no cached features.
     """
 
     def __init__(
@@ -120,21 +137,62 @@ class AlignedDataset(Dataset[Item]):
         keep: bool = False,
     ) -> None:
         self.samples, self.builder, self.targets = samples, builder, dict(targets or {})
-        self.store, self.cache = store, cache
+        self.cache = cache
         self._kept: dict[int, Item] | None = {} if keep else None
         if not len(samples):
             raise UserError(NOTHING)
-        self._needs_trace = any(target.needs_trace for target in self.targets.values())
-        if self._needs_trace:
-            if store is None:
-                raise UserError(
-                    f"the targets {', '.join(self.targets)} need traces: give traces.path (tools/extract.py makes them)"
-                )
-            store.require(ids_of(samples))
+        self.stores = self._open_stores(store)
+        self._check_boxes()
+        self._partners = self._find_partners()
         if cache is not None and not cache.backbone.family.takes_features:
             raise UserError(
                 f"traces.vision_cache: the family {type(cache.backbone.family).__name__} takes no cached image features"
             )
+
+    def _open_stores(self, shared: TraceStore | None) -> dict[str, TraceStore]:
+        """The store of every target that needs traces, with a trace of every sample."""
+        opened: dict[str | None, TraceStore | None] = {None: shared}
+        found: dict[str, TraceStore] = {}
+        for name, target in self.targets.items():
+            if not target.needs_trace:
+                continue
+            if target.store not in opened:
+                assert target.store is not None, "the shared store is there from the beginning"
+                opened[target.store] = TraceStore(local_store(target.store))
+            store = opened[target.store]
+            if store is None:
+                wanting = [key for key, each in self.targets.items() if each.needs_trace and each.store is None]
+                raise UserError(
+                    f"the targets {', '.join(wanting)} need traces: give traces.path (tools/extract.py makes them)"
+                )
+            if all(store is not other for other in found.values()):
+                store.require(ids_of(self.samples))
+            found[name] = store
+        return found
+
+    def _check_boxes(self) -> None:
+        """Whether every sample has a box, where a target needs one."""
+        wanting = [name for name, target in self.targets.items() if target.needs_boxes]
+        if not wanting:
+            return
+        places = track(range(len(self.samples)), "boxes", console=Console(stderr=True), transient=True)
+        without = [place for place in places if not self.samples[place].boxes]
+        if without:
+            raise UserError(
+                f"targets.{wanting[0]}: {len(without)} of {len(self.samples)} samples have no box, the first is "
+                f"'{self.samples[without[0]].id}'"
+            )
+
+    def _find_partners(self) -> dict[str, np.ndarray]:
+        """Under a control with partners, by target: the place of the sample whose trace and boxes each sample gets."""
+        found = {}
+        for name, target in self.targets.items():
+            if target.control in PAIRED:
+                try:
+                    found[name] = partners(target.control, image_keys_of(self.samples), target.seed)
+                except UserError as error:
+                    raise UserError(f"targets.{name}: {error}") from None
+        return found
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -148,11 +206,27 @@ class AlignedDataset(Dataset[Item]):
             features = self.cache.features(encoded)
             grids = {key: value for key, value in encoded.vision.items() if key != "pixel_values"}
             encoded = replace(encoded, features=features, vision=grids)
-        trace = self.store.get(sample.id) if self.store is not None and self._needs_trace else None
-        item = encoded, {name: target.prepare(encoded, trace) for name, target in self.targets.items()}
+        read: dict[tuple[int, str], Trace] = {}  # a trace that several targets need is decoded once
+        item = encoded, {name: self._prepared(name, index, encoded, read) for name in self.targets}
         if self._kept is not None:
             self._kept[index] = item
         return item
+
+    def _prepared(
+        self, name: str, index: int, encoded: Encoded, read: dict[tuple[int, str], Trace]
+    ) -> dict[str, Tensor]:
+        """What one target prepares for a sample: from its own trace and boxes, or from its partner's."""
+        target, owner = self.targets[name], encoded.sample
+        if name in self._partners:
+            owner = self.samples[int(self._partners[name][index])]
+            encoded = replace(encoded, sample=replace(encoded.sample, boxes=owner.boxes))
+        if name not in self.stores:
+            return target.prepare(encoded, None)
+        store = self.stores[name]
+        key = id(store), owner.id
+        if key not in read:
+            read[key] = store.get(owner.id)
+        return target.prepare(encoded, read[key])
 
     @property
     def groups(self) -> Sequence[Hashable]:

@@ -1,7 +1,8 @@
-"""What latents are aligned to: semantics (concept) and gaze (trajectory)."""
+"""What a student is aligned to: semantics (concept), gaze (trajectory, boxes), and controls of each."""
 
 from laavit.targets.base import Target
+from laavit.targets.box import BoxTarget
 from laavit.targets.concept import ConceptTarget
 from laavit.targets.trajectory import TrajectoryTarget
 
-__all__ = ["ConceptTarget", "Target", "TrajectoryTarget"]
+__all__ = ["BoxTarget", "ConceptTarget", "Target", "TrajectoryTarget"]

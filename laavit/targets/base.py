@@ -27,6 +27,13 @@ class Target(nn.Module):
     layers: tuple[int, ...] | None = None
     #: whether a sample needs a trace
     needs_trace: bool = True
+    #: whether a sample needs boxes
+    needs_boxes: bool = False
+    #: a trace store of its own, where its traces are not the run's (traces.path)
+    store: str | None = None
+    #: a negative control (``laavit.targets.controls``), and what fixes its choices
+    control: str = "none"
+    seed: int = 0
 
     def __init__(self, weight: float = 0.3) -> None:
         super().__init__()
@@ -42,7 +49,10 @@ class Target(nn.Module):
         """
 
     def prepare(self, encoded: Encoded, trace: Trace | None) -> dict[str, Tensor]:
-        """What this sample is compared with, worked out once, in a data worker: tensors whose first axis may vary."""
+        """What this sample is compared with, worked out once, in a data worker: tensors whose sizes may vary.
+
+        Under a control with partners ``trace`` and ``encoded.sample.boxes`` are another sample's.
+        """
         raise TypeError(f"{type(self).__name__} must define prepare(encoded, trace)")
 
     def forward(self, output: StudentOutput, roles: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
@@ -53,9 +63,12 @@ class Target(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} must define forward(output, roles, prepared)")
 
-    def own_rows(self, output: StudentOutput, depth: int) -> tuple[Tensor, Tensor]:
-        """This target's rows averaged over its layers, [B, R, S], and which of them are no padding, bool [B, R]."""
-        layers = range(depth) if self.layers is None else [layer % depth for layer in self.layers]
+    def own_layers(self, depth: int) -> list[int]:
+        """The layers of its rows, counted from 0, as named (all where none is)."""
+        return list(range(depth)) if self.layers is None else [layer % depth for layer in self.layers]
+
+    def own_rows(self, output: StudentOutput, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """This target's rows averaged over layers, [B, R, S], and which of them are no padding, bool [B, R]."""
         rows = torch.stack([output.rows[layer] for layer in layers]).mean(0)
         parts, valid, offset = [], [], 0
         for kind, index in output.row_positions.items():
@@ -67,5 +80,12 @@ class Target(nn.Module):
 
 
 def stack(prepared: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """What a target prepared for several samples as one batch, the first axis zero-padded: {name: [B, ...]}."""
-    return {key: nn.utils.rnn.pad_sequence([item[key] for item in prepared], batch_first=True) for key in prepared[0]}
+    """What a target prepared for several samples as one batch, every axis zero-padded: {name: [B, ...]}."""
+    return {key: _padded([item[key] for item in prepared]) for key in prepared[0]}
+
+
+def _padded(tensors: Sequence[Tensor]) -> Tensor:
+    out = tensors[0].new_zeros(len(tensors), *map(max, zip(*(tensor.shape for tensor in tensors), strict=True)))
+    for place, tensor in enumerate(tensors):
+        out[place][tuple(slice(size) for size in tensor.shape)] = tensor
+    return out

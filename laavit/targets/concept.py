@@ -1,4 +1,4 @@
-"""Semantic reconstruction (LaViT, Sec. 4.2.2, Eq. 6): a latent's state is led to the teacher's image semantics."""
+"""Semantic reconstruction (LaViT, Sec. 4.2.2, Eq. 6): the latents' states are led to the teacher's image semantics."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from laavit.registry import TARGETS, UserError, nearest
 from laavit.structures import Encoded, Role, StudentOutput, Trace
 from laavit.targets.base import Target
-from laavit.traces.semantics import POOLINGS, pool
+from laavit.targets.controls import STATE_CONTROLS, check_control, shuffled_cells
+from laavit.targets.losses import STATE_LOSSES, cosine, info_nce
+from laavit.traces.gaze import top_k_indices
+from laavit.traces.semantics import POOLINGS, ROWS, pool
 
 ANCHORS = ("last", "mean", "all")
+MATCHES = ("none", "order", "hungarian")
+LOSSES = (*STATE_LOSSES, "info_nce")
 
 
 def concept_loss(predicted: Tensor, semantics: Tensor) -> Tensor:
@@ -23,7 +27,40 @@ def concept_loss(predicted: Tensor, semantics: Tensor) -> Tensor:
     Args:
         predicted: phi(h_z), [..., D_t]. semantics: V_sem, broadcastable to it.
     """
-    return (1.0 - F.cosine_similarity(predicted, semantics, dim=-1)).mean()
+    return cosine(predicted, semantics).mean()
+
+
+def latent_states(output: StudentOutput, roles: Tensor) -> Tensor:
+    """The states of each sample's latents, in order: [B, K, D]."""
+    return output.hidden[roles == Role.LATENT].view(roles.shape[0], -1, output.hidden.shape[-1])
+
+
+def anchored(states: Tensor, anchor: str) -> Tensor:
+    """h_z of [B, K, D]: the 'last' state or their 'mean', [B, 1, D], or 'all' of them."""
+    if anchor == "last":
+        return states[:, -1:]
+    return states.mean(1, keepdim=True) if anchor == "mean" else states
+
+
+def hungarian(predicted: Tensor, rows: Tensor, present: Tensor, loss: str) -> Tensor:
+    """A row for each prediction, no row twice, so that the losses' sum is least; no gradient goes through the choice.
+
+    Args:
+        predicted: [B, K, D]. rows: [B, M, D], M >= K of each sample ``present``, bool [B, M]. loss: of
+            ``STATE_LOSSES``; any other name matches by cosine.
+
+    Returns: [B, K, D].
+    """
+    from scipy.optimize import linear_sum_assignment  # half a second, for one of the ways to match
+
+    measure = STATE_LOSSES.get(loss, cosine)
+    chosen = []
+    for given, own, real in zip(predicted.detach(), rows, present, strict=True):
+        own = own[real]
+        cost = torch.stack([measure(each[None].expand_as(own), own) for each in given])  # [K, M]
+        _, columns = linear_sum_assignment(cost.double().cpu().numpy())
+        chosen.append(own[torch.from_numpy(columns).to(own.device)])
+    return torch.stack(chosen)
 
 
 @TARGETS.register_module()
@@ -37,7 +74,16 @@ class ConceptTarget(Target):
         pooling: how V_sem is made of traces that hold rows (extract.semantics 'top_k_rows' or 'full'): 'gaze_top_k'
             (weighted by the strongest gaze), 'gaze' (by all of it) or 'mean', over the rows there are. Traces whose
             semantics are pooled already are taken as they are.
-        top_k: how many tokens 'gaze_top_k' keeps (paper: 8).
+        top_k: how many tokens 'gaze_top_k' keeps (paper: 8), and how many rows are matched.
+        loss: 'cosine' (Eq. 6), 'mse', 'smooth_l1', or 'info_nce' (negatives from the batch).
+        temperature: of InfoNCE.
+        match: 'none' leads every anchor to the pooled V_sem; the others lead each of 'all' latents to a row of its own
+            among the ``top_k`` of strongest gaze: 'order', latent j to the j-th strongest, or 'hungarian', where the
+            losses' sum is least. They need traces that hold rows.
+        static: whether the traces must be a static encoder's (timm, open_clip): embeddings that saw no question.
+        store: a trace store of its own, in place of traces.path: semantics and gaze can then be of two teachers.
+        control: 'shuffled' (another sample's semantics), 'wrong_image' (of another image), 'random' (the components in
+            an order of their own in every sample), or 'none'. seed: fixes the control's choices.
     """
 
     def __init__(
@@ -47,15 +93,36 @@ class ConceptTarget(Target):
         hidden: int | None = None,
         pooling: str = "gaze_top_k",
         top_k: int = 8,
+        loss: str = "cosine",
+        temperature: float = 0.07,
+        match: str = "none",
+        static: bool = False,
+        store: str | None = None,
+        control: str = "none",
+        seed: int = 0,
     ) -> None:
         super().__init__(weight)
-        if anchor not in ANCHORS:
-            raise UserError(f"anchor: got '{anchor}'; {nearest(anchor, ANCHORS)}")
-        if pooling not in POOLINGS:
-            raise UserError(f"pooling: got '{pooling}'; {nearest(pooling, POOLINGS)}")
+        for name, value, allowed in (
+            ("anchor", anchor, ANCHORS),
+            ("pooling", pooling, POOLINGS),
+            ("loss", loss, LOSSES),
+            ("match", match, MATCHES),
+        ):
+            if value not in allowed:
+                raise UserError(f"{name}: got '{value}'; {nearest(value, allowed)}")
         if top_k < 1:
             raise UserError(f"top_k is at least 1, got {top_k}")
+        if not temperature > 0:
+            raise UserError(f"temperature is above 0, got {temperature}")
+        if match != "none" and anchor != "all":
+            raise UserError(
+                f"match: '{match}' leads each latent to a row of its own, so anchor is 'all', got '{anchor}'"
+            )
         self.anchor, self.hidden, self.pooling, self.top_k = anchor, hidden, pooling, top_k
+        self.loss, self.temperature, self.match = loss, temperature, match
+        self.static, self.store = static, store
+        self.control, self.seed = check_control(control, STATE_CONTROLS), seed
+        self.latents = 0
         self.head: nn.Module = nn.Identity()
 
     def setup(self, width: int, depth: int, latents: int, header: Mapping[str, Any]) -> None:
@@ -63,24 +130,67 @@ class ConceptTarget(Target):
             raise UserError("the concept target reads the latents' states, and this recipe has no latents")
         if "width" not in header:
             raise UserError("the concept target needs traces: give traces.path (tools/extract.py makes them)")
+        if self.static and "static" not in header:
+            raise UserError(
+                f"static: these traces were made by '{header.get('teacher')}', which is no static encoder; extract "
+                "with a timm or open_clip encoder of registry/teachers, and name its traces as store"
+            )
+        if self.match != "none":
+            self._check_rows(latents, header.get("settings", {}))
+        self.latents = latents
         middle = self.hidden or width
         self.head = nn.Sequential(nn.Linear(width, middle), nn.GELU(), nn.Linear(middle, int(header["width"])))
 
+    def _check_rows(self, latents: int, extracted: Mapping[str, Any]) -> None:
+        """Whether the traces hold a row for each latent."""
+        semantics = extracted.get("semantics")
+        if semantics not in ROWS:
+            raise UserError(
+                f"match: '{self.match}' leads each latent to a row of its own, and these traces hold pooled semantics "
+                f"({semantics}); extract with extract.semantics top_k_rows or full"
+            )
+        rows = min(self.top_k, extracted.get("top_k", self.top_k)) if semantics == "top_k_rows" else self.top_k
+        if rows < latents:
+            raise UserError(
+                f"match: {latents} latents need as many rows, and top_k leaves {rows} of them (targets: {self.top_k}, "
+                f"extract: {extracted.get('top_k')})"
+            )
+
     def prepare(self, encoded: Encoded, trace: Trace | None) -> dict[str, Tensor]:
+        """``semantics``: [D_t]; or the rows to be matched, by falling gaze, [M, D_t], and ``present``, bool [M]."""
         assert trace is not None, "the data set hands a trace to every target that needs one"
-        semantics = trace.semantics.float()
-        if semantics.ndim == 2:
+        semantics, prepared = trace.semantics.float(), {}
+        if self.match != "none":
+            semantics = self._strongest(trace, semantics)
+            prepared["present"] = torch.ones(len(semantics), dtype=torch.bool)
+        elif semantics.ndim == 2:
             semantics = pool(semantics, trace.gaze, self.pooling, self.top_k, trace.semantic_tokens)
-        return {"semantics": semantics}
+        if self.control == "random":
+            semantics = shuffled_cells(semantics, self.seed, encoded.sample.id)
+        return {"semantics": semantics, **prepared}
+
+    def _strongest(self, trace: Trace, rows: Tensor) -> Tensor:
+        """The rows of the ``top_k`` tokens with the strongest gaze."""
+        gaze = trace.gaze if trace.semantic_tokens is None else trace.gaze[trace.semantic_tokens]
+        if rows.ndim != 2 or len(rows) < self.latents:
+            raise UserError(
+                f"the trace of sample '{trace.sample_id}' cannot be a target: {self.latents} latents need as many rows "
+                f"of semantics, and it holds {len(rows) if rows.ndim == 2 else 'pooled ones'}"
+            )
+        return rows[top_k_indices(gaze, self.top_k)]
 
     def forward(self, output: StudentOutput, roles: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
-        latent = roles == Role.LATENT
-        states = output.hidden[latent].view(roles.shape[0], -1, output.hidden.shape[-1])  # [B, K, D]
-        if self.anchor == "last":
-            states = states[:, -1:]
-        elif self.anchor == "mean":
-            states = states.mean(1, keepdim=True)
+        states = anchored(latent_states(output, roles), self.anchor)
         weight = next(self.head.parameters())
         predicted = self.head(states.to(weight.dtype))
         kind = torch.promote_types(predicted.dtype, torch.float32)
-        return concept_loss(predicted.to(kind), prepared["semantics"].to(kind)[:, None])
+        predicted, semantics = predicted.to(kind), prepared["semantics"].to(kind)
+        if self.match == "none":
+            semantics = semantics[:, None]
+        elif self.match == "order":
+            semantics = semantics[:, : predicted.shape[1]]
+        else:
+            semantics = hungarian(predicted, semantics, prepared["present"], self.loss)
+        if self.loss == "info_nce":
+            return info_nce(predicted, semantics, self.temperature).mean()
+        return STATE_LOSSES[self.loss](predicted, semantics).mean()
