@@ -39,11 +39,13 @@ class GatePath:
         queries: bool [B, S], the positions that look.
         keys: bool [B, S], the positions that are looked at.
         bias: ``ln(gamma)``; ``-inf`` closes the path, ``0`` leaves it open.
+        layers: the decoder layers it acts on, counted from 0; None is all.
     """
 
     queries: Tensor
     keys: Tensor
     bias: float
+    layers: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         if self.queries.shape != self.keys.shape or self.queries.ndim != 2:
@@ -67,7 +69,8 @@ class AttentionContext:
         num_layers: the decoder's depth, to resolve negative layer indices.
         heads: ``"mean"`` records [B, R, S] a layer, ``"each"`` records [B, H, R, S].
         pairs: a selection, layer -> heads (counted from 0), in place of ``layers`` and ``heads``: [B, R, S] a layer,
-            the mean over its selected heads; ``mean_rows`` is the mean over all pairs. No other head's rows are computed.
+            the mean over its selected heads; ``mean_rows`` is the mean over all pairs. No other head's rows are
+            computed.
         merged: keep one running sum over the layers, for ``mean_rows``, in place of the rows of each (``recorded``
             stays empty): many rows of a deep decoder then cost the memory of one layer's.
     """
@@ -83,7 +86,7 @@ class AttentionContext:
     _sum: Tensor | None = field(default=None, repr=False)
     _heads: dict[int, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
     _summed: set[int] = field(default_factory=set, repr=False)
-    _masks: dict[int, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
+    _masks: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.heads not in ("mean", "each"):
@@ -117,6 +120,10 @@ class AttentionContext:
             weighted = [rows * self._weight(layer) for layer, rows in self.recorded.items()]
             return torch.stack(weighted).sum(0) / sum(self._weight(layer) for layer in self.recorded)
         return torch.stack(list(self.recorded.values())).mean(0)
+
+    def paths_at(self, layer: int) -> tuple[GatePath, ...]:
+        """The gate paths that act on a layer."""
+        return tuple(path for path in self.paths if path.layers is None or layer in path.layers)
 
     def wants(self, layer: int) -> bool:
         return self.rows is not None and (self.layers is None or layer in self.layers)
@@ -152,26 +159,26 @@ class AttentionContext:
         else:
             self._sum = self._sum + rows if self._sum.requires_grad or rows.requires_grad else self._sum.add_(rows)
 
-    def bias_at(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The summed bias of all paths for the given queries [B, Q] -> [B, 1, Q, S]; None where there is no path."""
+    def bias_at(self, positions: Tensor, dtype: torch.dtype, layer: int) -> Tensor | None:
+        """The summed bias of a layer's paths for the given queries [B, Q] -> [B, 1, Q, S]; None where it has none."""
         total = None
-        for path in self.paths:
+        for path in self.paths_at(layer):
             on = path.queries.gather(1, positions)[:, :, None] & path.keys[:, None, :]
             bias = torch.zeros(on.shape, dtype=dtype, device=on.device).masked_fill_(on, path.bias)
             total = bias if total is None else total + bias
         return None if total is None else total[:, None]
 
-    def suffix_mask(self, mask: Tensor | None, query: Tensor, groups: int) -> Tensor:
-        """Causal mask plus bias for the queries from ``start`` on, built once a forward pass.
+    def suffix_mask(self, mask: Tensor | None, query: Tensor, groups: int, layer: int) -> Tensor:
+        """Causal mask plus bias for the queries from ``start`` on, built once a forward pass for layers of equal paths.
 
         Returns: [B, 1, groups * (S - start), S], the queries' rows repeated for ``groups`` heads that share a key head.
         """
-        key = id(mask)
+        key = (id(mask), *map(id, self.paths_at(layer)))
         if key not in self._masks:
             batch, _, length, _ = query.shape
             positions = torch.arange(self.start, length, device=query.device).expand(batch, -1)
-            bias = self.bias_at(positions, query.dtype)
-            assert bias is not None, "suffix_mask is called with gate paths only"
+            bias = self.bias_at(positions, query.dtype, layer)
+            assert bias is not None, "suffix_mask is called for gated layers only"
             # The mask is kept beside its id, so that the id cannot be reused by another tensor.
             total = _allowed(mask, positions, length, query.dtype) + bias
             self._masks[key] = (mask, total.repeat(1, 1, groups, 1) if groups > 1 else total)
@@ -213,6 +220,40 @@ def attention_rows(
     # In place: the scores are the largest tensor here, and nothing before the softmax needs them for its gradient.
     scores = (grouped @ key.transpose(-1, -2)).to(dtype).mul_(scaling).reshape(batch, heads, -1, length)
     return scores.add_(added if bias is None else added + bias).softmax(-1)
+
+
+def record_rows(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, context: AttentionContext
+) -> int:
+    """Record what a context asks of a layer, its gate included; returns the layer's index.
+
+    Args:
+        query: [B, H, S, D]. key: [B, H / G, S, D]. mask: the model's, or None (causal).
+
+    Raises:
+        ValueError: a gate or a recording is asked for while keys come from a cache (queries and keys differ in length).
+    """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if (context.paths or context.rows is not None) and query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"gate and recording work on whole sequences, got {query.shape[2]} queries for {key.shape[2]} keys: "
+            "run the forward pass without a key-value cache"
+        )
+    if not context.wants(layer):
+        return layer
+    assert context.rows is not None
+    rows = context.rows.clamp(min=0).to(query.device)  # a model may be spread over devices
+    factor = scaling if scaling is not None else query.shape[-1] ** -0.5
+    bias = context.bias_at(rows, torch.promote_types(query.dtype, torch.float32), layer)
+    heads = context.chosen(layer, query.shape[1], query.device)
+    if heads is not None:
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, heads]
+        key = key[:, heads // (query.shape[1] // key.shape[1])]
+        query = query[:, heads]
+    # A recomputed layer must save the same tensors, so the rows are always computed; the first ones are kept.
+    context.record(layer, attention_rows(query, key, rows, mask, bias, factor))
+    return layer
 
 
 def gated_suffix(
@@ -264,36 +305,15 @@ def laavit_attention(
             **kwargs,  # type: ignore[arg-type]
         )[0]
 
-    if laavit is None or not (laavit.paths or laavit.rows is not None):
+    if laavit is None:
         return plain(query, key, value, attention_mask), None
-    if query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"gate and recording work on whole sequences, got {query.shape[2]} queries for {key.shape[2]} keys: "
-            "run the forward pass without a key-value cache"
-        )
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if laavit.wants(layer):
-        assert laavit.rows is not None
-        rows = laavit.rows.clamp(min=0).to(query.device)  # a model may be spread over devices
-        factor = scaling if scaling is not None else query.shape[-1] ** -0.5
-        bias = laavit.bias_at(rows, torch.promote_types(query.dtype, torch.float32))
-        heads = laavit.chosen(layer, query.shape[1], query.device)
-        if heads is None:
-            weights = attention_rows(query, key, rows, attention_mask, bias, factor)
-        else:
-            ours = key[:, heads // (query.shape[1] // key.shape[1])]
-            mask = attention_mask
-            if mask is not None and mask.shape[1] > 1:
-                mask = mask[:, heads]
-            weights = attention_rows(query[:, heads], ours, rows, mask, bias, factor)
-        # A recomputed layer must save the same tensors, so the rows are always computed; the first ones are kept.
-        laavit.record(layer, weights)
-    if not laavit.paths:
+    layer = record_rows(module, query, key, attention_mask, scaling, laavit)
+    if not laavit.paths_at(layer):
         return plain(query, key, value, attention_mask), None
     start = laavit.start
     shared = attention_mask is None or attention_mask.shape[1] == 1  # one mask for all heads, as transformers makes it
     groups = query.shape[1] // key.shape[1] if shared else 1
-    suffix = laavit.suffix_mask(attention_mask, query, groups)
+    suffix = laavit.suffix_mask(attention_mask, query, groups, layer)
     last = query[:, :, start:]
     after = gated_suffix(last, key, value, suffix, scaling, dropout) if shared else plain(last, key, value, suffix)
     if start == 0:

@@ -23,24 +23,50 @@ from laavit.structures import Batch, Role, StudentOutput
 from laavit.targets.base import Target
 
 
-def path_queries(roles: Tensor, role: Role) -> Tensor:
-    """Who looks along a path, bool [B, S].
+def image_blocks(batch: Batch) -> Tensor:
+    """Where images stand, from each image's first token to its last, bool [B, S].
 
-    For 'question' these are all prompt positions after the first image token that are no latents: chat markup there has
-    seen the image too, and would otherwise carry it past a closed gate.
+    Row separators and tile markers between them are part of the image: from the second layer on they say what the
+    tokens around them do, and would carry it past a closed gate.
+    """
+    blocks = torch.zeros(batch.roles.shape, dtype=torch.bool)
+    for row, spans in zip(blocks, batch.spans, strict=True):
+        for image in {span.tile.image for span in spans}:
+            own = [span for span in spans if span.tile.image == image]
+            stop = max(max(span.stop, span.start + span.tile.height * span.stride) for span in own)
+            row[min(span.start for span in own) : stop] = True
+    return blocks.to(batch.roles.device)
+
+
+def path_queries(roles: Tensor, blocks: Tensor, role: Role) -> Tensor:
+    """Who looks along a path, bool [B, S]; ``blocks`` as ``image_blocks`` gives them.
+
+    For 'question' these are all prompt positions after the first image token that are neither latents nor within an
+    image: chat markup there has seen the image too, and would otherwise carry it past a closed gate.
     """
     if role != Role.QUESTION:
         return roles == role
-    after_image = (roles == Role.IMAGE).cumsum(1) > 0
-    return after_image & ((roles == Role.QUESTION) | (roles == Role.OTHER))
+    after_image = blocks.cumsum(1) > 0
+    return after_image & ~blocks & ((roles == Role.QUESTION) | (roles == Role.OTHER))
 
 
-def gate_paths(gate: Gate | None, step: int, roles: Tensor) -> tuple[GatePath, ...]:
-    """A gate's paths at a step (Eq. 4): bias ln(gamma) from queries to image keys; none where the gate is open."""
-    if gate is None or (bias := gate.bias(step)) == 0.0:
+def gate_paths(gate: Gate | None, step: int, batch: Batch, depth: int) -> tuple[GatePath, ...]:
+    """A gate's paths at a step (Eq. 4): bias ln(gamma) from queries to images; none where the gate is open.
+
+    Args:
+        depth: decoder layers, for a gate that acts on some of them.
+    """
+    if gate is None:
         return ()
-    pairs = [PATHS[name] for name in gate.paths]
-    return tuple(GatePath(path_queries(roles, queries), roles == keys, bias) for queries, keys in pairs)
+    shut = [(part, bias) for part in gate.parts().values() if (bias := part.bias(step)) != 0.0]
+    if not shut:
+        return ()
+    blocks = image_blocks(batch)
+    return tuple(
+        GatePath(path_queries(batch.roles, blocks, PATHS[name]), blocks, bias, part.layers_of(depth))
+        for part, bias in shut
+        for name in part.paths
+    )
 
 
 class LaViT(BaseModel):
@@ -70,10 +96,10 @@ class LaViT(BaseModel):
         """What this forward asks of the attention: the gate's paths (training only) and the targets' rows."""
         kinds = dict.fromkeys(kind for target in self.named_targets.values() for kind in target.rows)
         positions = {kind: row_positions(batch, kind) for kind in kinds}
-        paths = gate_paths(self.gate, self.step, batch.roles) if self.training else ()
+        depth = self.student.backbone.depth
+        paths = gate_paths(self.gate, self.step, batch, depth) if self.training else ()
         if not paths and not positions:
             return None, positions
-        depth = self.student.backbone.depth
         wanted = [target.layers for target in self.named_targets.values() if target.rows]
         layers = None if None in wanted else {layer for some in wanted for layer in some or ()}
         rows = torch.cat(list(positions.values()), 1) if positions else None
@@ -100,8 +126,8 @@ class LaViT(BaseModel):
         for name, target in self.named_targets.items():
             logged[name] = target(output, batch.roles, batch.targets[name])
             total = total + target.weight * logged[name]
-        if self.gate is not None:
-            logged["gamma"] = ntp.new_tensor(self.gate.gamma(self.step) if self.training else 1.0)
+        for name, part in self.gate.parts().items() if self.gate is not None else ():
+            logged[name] = ntp.new_tensor(part.gamma(self.step) if self.training else 1.0)
         return {"loss": total, **{name: value.detach() for name, value in logged.items()}}
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -139,14 +165,38 @@ def build_model(recipe: Any, header: Mapping[str, Any]) -> LaViT:
         recipe: a ``laavit.recipe.Recipe``. header: of the trace store (a target's own store goes before it), ``{}``
             where no target needs one.
     """
+    gate = build_gate(recipe)  # before any weights are read: what is wrong with it is said at once
     generator = torch.Generator().manual_seed(recipe.config["seed"])
     with torch.random.fork_rng():
         torch.manual_seed(recipe.config["seed"])
         student = recipe.build("student")
         latents = recipe.build("latents") if recipe.has("latents") else None
         student.setup(latents, generator)
+        check_layers(gate, student)
         targets = build_targets(recipe, student, header)
-    return LaViT(student, recipe.build("gate") if recipe.has("gate") else None, targets)
+    return LaViT(student, gate, targets)
+
+
+def build_gate(recipe: Any) -> Gate | None:
+    """The recipe's gate, told how many steps the run has; None where the recipe has none."""
+    if not recipe.has("gate"):
+        return None
+    gate = recipe.build("gate")
+    gate.set_run(recipe.build("train").steps)
+    return gate
+
+
+def check_layers(gate: Gate | None, student: Any) -> None:
+    """Refuse a gate on layers that a student does not have.
+
+    Raises:
+        UserError: naming the recipe's key.
+    """
+    try:
+        for part in gate.parts().values() if gate is not None else ():
+            part.layers_of(student.backbone.depth)
+    except UserError as error:
+        raise UserError(f"gate.{error}") from None
 
 
 def build_targets(recipe: Any, student: Any, header: Mapping[str, Any]) -> dict[str, Target]:

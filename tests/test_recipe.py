@@ -30,7 +30,8 @@ def cfg(tmp_path: Path) -> Path:
 
 def test_bases_names_and_defaults(cfg: Path) -> None:
     recipe = load_recipe(cfg)
-    assert recipe.config["gate"] == {"type": "CosineGate", "warmup": 200, "epsilon": 1e-6, "paths": ["answer->image"]}
+    defaults = {"epsilon": 1e-6, "paths": ["answer->image"], "layers": None}
+    assert recipe.config["gate"] == {"type": "CosineGate", "warmup": 200, **defaults}
     assert recipe.config["latents"]["count"] == 4 and recipe.config["targets"]["concept"]["weight"] == 0.5
     assert recipe.config["targets"]["trajectory"]["top_k"] == 8  # Sec. 4.1
     assert recipe.config["train"]["steps"] == 10 and recipe.config["train"]["betas"] in ([0.9, 0.999], (0.9, 0.999))

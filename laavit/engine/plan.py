@@ -24,7 +24,7 @@ from laavit.engine.runner import enable_gradient_checkpointing
 from laavit.engine.settings import TrainSettings
 from laavit.engine.shapes import Blueprint, Meter, blueprint, bytes_of, fake_mode, shaped_backbone
 from laavit.latents import latent_tokens
-from laavit.model import LaViT, build_targets
+from laavit.model import LaViT, build_gate, build_targets, check_layers
 from laavit.recipe import Recipe
 from laavit.registry import UserError
 from laavit.structures import Batch, Encoded, Role, Sample, Span, Step, Tile, Trace
@@ -154,13 +154,14 @@ def shape_models(recipe: Recipe) -> Shaped:
         UserError: a part is no Hugging Face model, a configuration is not known, or the parts do not fit one another.
     """
     plans = blueprints(recipe)
-    mode = fake_mode()
+    mode, gate = fake_mode(), build_gate(recipe)
     given = recipe.arguments("student")
     latents = recipe.build("latents") if recipe.has("latents") else None
     plan = plans["student"]
     backbone = shaped_backbone(plan, given["dtype"], given["attention"], mode, latents.count + 1 if latents else 0)
     student = HFStudent.of(backbone, given["path"], given["freeze"])
     student.setup(latents, torch.Generator().manual_seed(0))
+    check_layers(gate, student)
     teacher, teacher_plan, header = None, None, {}
     if recipe.has("teacher"):
         teacher_plan = plans["teacher"]
@@ -171,7 +172,7 @@ def shape_models(recipe: Recipe) -> Shaped:
         raise UserError("the recipe has targets but no teacher: their widths are not known")
     with mode:
         targets = build_targets(recipe, student, header)
-    model = LaViT(student, recipe.build("gate") if recipe.has("gate") else None, targets)
+    model = LaViT(student, gate, targets)
     return Shaped(recipe, mode, model, plan, teacher, teacher_plan)
 
 

@@ -323,8 +323,8 @@ def _maps(backbone: Backbone, batch: Any) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize(("family", "crops"), [(name, False) for name in FAMILIES] + [("gemma3", True)])
 def test_a_closed_gate_leaves_no_way_around(opened: Callable[..., Backbone], family: str, crops: bool) -> None:
-    """Newlines, tile markers and chat markup after an image carry it past a closed answer, as the question does; they
-    are Role.OTHER, which the path question->image closes too. Then no answer depends on any pixel."""
+    """Chat markup after an image carries it past a closed answer, as the question does; it is Role.OTHER, which the path
+    question->image closes too. Newlines and tile markers count as image. Then no answer depends on any pixel."""
     backbone = opened(family, crops)
     states = {}
     for paths in (("answer->image",), ("answer->image", "question->image")):
@@ -335,7 +335,7 @@ def test_a_closed_gate_leaves_no_way_around(opened: Callable[..., Backbone], fam
             ]
             items = [backbone.builder(PromptSettings()).with_answer(item, "blue") for item in items]
             batch = collate(items, backbone.family, backbone.tokenizer.pad_token_id)
-            gates = gate_paths(ConstantGate(0.0, paths), 0, batch.roles)
+            gates = gate_paths(ConstantGate(0.0, paths), 0, batch, backbone.depth)
             answers = batch.roles == Role.ANSWER
             states[paths, seed] = backbone.forward(batch, AttentionContext(paths=gates))[answers]
     alone, both = (("answer->image",), ("answer->image", "question->image"))

@@ -39,7 +39,7 @@ def printed(words: Sequence[object], capsys: Capture) -> dict:
     ("words", "parts"),
     [
         (["--gate", "hrad"], ["gate: ", "'hrad'", "allowed: closed, cosine", "did you mean 'hard'"]),
-        (["--gate.warmpu", "3"], ["gate.warmpu", "allowed: epsilon, paths, warmup", "did you mean 'warmup'"]),
+        (["--gate.warmpu", "3"], ["gate.warmpu", "allowed: epsilon, layers, paths, warmup", "did you mean 'warmup'"]),
         (["--gate.warmup", "soon"], ["gate", "warmup", "soon", "int"]),
         (["--optim.lr", "1"], ["optim: no such key", "allowed: ", "train"]),
         (["--latents.count", "0"], ["latents.count", "at least 1, got 0"]),

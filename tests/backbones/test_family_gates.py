@@ -1,0 +1,108 @@
+"""What a closed gate closes, in every family: pixels change, and only what may see them moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILY_NAMES
+from PIL import Image
+from torch import Tensor
+
+from laavit.attention import AttentionContext
+from laavit.backbones import PromptSettings, collate
+from laavit.gates import ConstantGate, Gate
+from laavit.latents import LearnedLatents
+from laavit.model import LaViT, gate_paths, image_blocks
+from laavit.structures import Batch, Role, Sample
+from laavit.students import HFStudent
+
+CLOSED = ("answer->image", "question->image", "latent->image")
+pytestmark = pytest.mark.parametrize("family", FAMILY_NAMES)
+
+
+@pytest.fixture(scope="session")
+def student_of(folder_of: Callable[[str], Path]) -> Callable[[str], HFStudent]:
+    """A family's student with latents; treat as read-only."""
+
+    @cache
+    def made(family: str) -> HFStudent:
+        student = HFStudent(str(folder_of(family)), "float64")
+        student.setup(LearnedLatents(3, "mean", 0.5), torch.Generator().manual_seed(0))
+        return student
+
+    return made
+
+
+@pytest.fixture
+def student(family: str, student_of: Callable[[str], HFStudent]) -> HFStudent:
+    return student_of(family)
+
+
+@pytest.fixture
+def repainted(tmp_path: Path) -> list[list[Sample]]:
+    """The same two questions twice, about other pixels of the same sizes: one wide image; one image of two."""
+    random, found = np.random.default_rng(0), []
+    for version in range(2):
+        paths = []
+        for name, size in (("wide", (40, 100)), ("high", (60, 40)), ("small", (40, 44))):
+            paths.append(tmp_path / f"{name}-{version}.png")
+            Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(paths[-1])
+        one = Sample("one", (paths[0],), "What colour is it?", "blue")
+        two = Sample("two", (paths[1], paths[2]), "Is it left of it?", "no, not at all")
+        found.append([one, two])
+    return found
+
+
+def batch_of(student: HFStudent, samples: Sequence[Sample]) -> Batch:
+    builder = student.builder(PromptSettings(system="Look."))
+    items = [builder.encode(sample, sample.answer) for sample in samples]
+    return collate(items, student.backbone.family, student.backbone.tokenizer.pad_token_id)
+
+
+@torch.no_grad()
+def moved(student: HFStudent, gate: Gate, repainted: list[list[Sample]]) -> float:
+    """How far the answers' logits move when the pixels change."""
+    model = LaViT(student, gate).train()
+    one, two = (model.observe(batch_of(student, samples)).logits for samples in repainted)
+    return float((one - two).abs().max())
+
+
+def test_a_closed_gate_leaves_one_way_at_most(student: HFStudent, repainted: list[list[Sample]]) -> None:
+    """All paths closed: bit-equal logits. Answer and question closed (LIVR): the latents are the one way that is left.
+
+    Row separators and tile markers are no way around: nothing but the three paths was closed.
+    """
+    assert moved(student, ConstantGate(0.0, CLOSED), repainted) == 0.0
+    assert moved(student, ConstantGate(0.0, CLOSED[:2]), repainted) > 1e-4
+    assert moved(student, ConstantGate(0.0, CLOSED, layers="first 1"), repainted) > 1e-4  # open further up
+
+
+@torch.no_grad()
+def test_the_image_itself_is_as_without_a_gate(student: HFStudent, repainted: list[list[Sample]]) -> None:
+    """Separators and markers within an image go on reading it, so its states do not shift between training and test."""
+    batch = batch_of(student, repainted[0][:1])
+    blocks = image_blocks(batch)
+    inside = blocks & (batch.roles != Role.IMAGE)
+    context = AttentionContext(paths=gate_paths(ConstantGate(0.0, CLOSED), 0, batch, student.backbone.depth))
+    gated, plain = (student.backbone.forward(batch, each) for each in (context, None))
+    torch.testing.assert_close(gated[blocks], plain[blocks], rtol=0, atol=1e-10)
+    family = student.backbone.family.config.model_type
+    assert bool(inside.any()) == (family in ("llava_onevision", "idefics3", "smolvlm"))
+
+
+@torch.no_grad()
+def test_answers_look_at_no_separator_of_a_closed_image(student: HFStudent, repainted: list[list[Sample]]) -> None:
+    batch = batch_of(student, repainted[0])
+    rows = torch.where(batch.roles == Role.ANSWER, torch.arange(batch.roles.shape[1]), -1).sort(1, descending=True)[0]
+    found: dict[float, Tensor] = {}
+    for value in (0.0, 1.0):
+        paths = gate_paths(ConstantGate(value), 0, batch, student.backbone.depth)
+        context = AttentionContext(paths=paths, rows=rows[:, :2])
+        student.backbone.forward(batch, context)
+        found[value] = (context.mean_rows() * image_blocks(batch)[:, None]).sum(-1)
+    assert (found[0.0] == 0).all() and (found[1.0] > 0).all()
