@@ -346,6 +346,18 @@ def test_the_vision_cache_is_keyed_by_weights_and_pixels(lab: Any, samples: list
     assert not torch.equal(VisionCache(tmp_path, model.student.backbone).features(item), first)
 
 
+def test_the_vision_cache_holds_no_more_than_it_may(lab: Any, samples: list[Sample], tmp_path: Path) -> None:
+    model = lab.model()
+    items = lab.encode(model, samples)
+    free = [VisionCache(tmp_path, model.student.backbone).features(item) for item in items]
+    room = free[0].nbytes
+    cache = VisionCache(tmp_path, model.student.backbone, memory=room)
+    for _ in range(2):
+        for item, features in zip(items, free, strict=True):
+            assert torch.equal(cache.features(item), features)
+    assert sum(kept.nbytes for kept in cache._memory.values()) == room and len(free) > 1
+
+
 def test_a_checkpoint_comes_back_bit_for_bit(lab: Any, samples: list[Sample], tmp_path: Path) -> None:
     student = lab.student(dtype="float32")
     model = lab.model(student=student)

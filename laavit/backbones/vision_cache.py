@@ -21,16 +21,17 @@ from laavit.structures import Encoded
 
 
 class VisionCache:
-    """Features by image, on disk (safetensors, one file an image, atomic) and in memory while the object lives.
+    """Features by image, on disk (safetensors, one file an image, atomic) and, the first of them, in memory.
 
     Args:
         folder: where to keep them. backbone: whose vision tower makes them.
+        memory: bytes of features held in memory while the object lives.
 
     Raises:
         UserError: something that the features depend on is still to learn.
     """
 
-    def __init__(self, folder: Path, backbone: Backbone) -> None:
+    def __init__(self, folder: Path, backbone: Backbone, memory: int = 1 << 30) -> None:
         self.backbone = backbone
         whole: nn.Module = backbone.model.model  # type: ignore[assignment]
         decoder = backbone.family.decoder(backbone.model)
@@ -44,6 +45,7 @@ class VisionCache:
         settings = json.dumps(read, sort_keys=True, default=str)
         self.namespace = hashlib.sha256((digest_of(before) + settings).encode()).hexdigest()[:32]
         self.folder = Path(folder) / self.namespace
+        self.memory, self._held = memory, 0
         self._memory: dict[str, Tensor] = {}
 
     def _key(self, path: Path) -> str:
@@ -54,21 +56,29 @@ class VisionCache:
         """[N, D] of all images of a sample, in order; computed where they are not kept yet."""
         several = "-several" if len(encoded.sample.images) > 1 else ""
         keys = [self._key(path) + several for path in encoded.sample.images]
-        if any(key not in self._memory and not self._read(key) for key in keys):
+        found = [self._read(key) for key in keys]
+        kept = [features for features in found if features is not None]
+        if len(kept) < len(keys):
             vision = {name: tensor.to(self.backbone.device) for name, tensor in encoded.vision.items()}
-            for key, found in zip(keys, self.backbone.family.image_features(self.backbone.model, vision), strict=True):
-                self._write(key, found.cpu())
-        return torch.cat([self._memory[key] for key in keys])
+            kept = [features.cpu() for features in self.backbone.family.image_features(self.backbone.model, vision)]
+            for key, features in zip(keys, kept, strict=True):
+                write_bytes(self._file(key), save({"features": features.contiguous()}), sync=False)
+                self._remember(key, features)
+        return torch.cat(kept)
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def _read(self, key: str) -> bool:
-        file = self._file(key)
-        if file.is_file():
-            self._memory[key] = load_file(file)["features"]
-        return key in self._memory
+    def _read(self, key: str) -> Tensor | None:
+        features = self._memory.get(key)
+        if features is None and (file := self._file(key)).is_file():
+            features = load_file(file)["features"]
+            self._remember(key, features)
+        return features
 
-    def _write(self, key: str, features: Tensor) -> None:
-        write_bytes(self._file(key), save({"features": features.contiguous()}), sync=False)
-        self._memory[key] = features
+    def _remember(self, key: str, features: Tensor) -> None:
+        """Keep an image's features in memory, as long as there is room: the first ones stay, so that every epoch's
+        pass over the data finds them again (of the last ones it would find none)."""
+        if key not in self._memory and self._held + features.nbytes <= self.memory:
+            self._memory[key] = features
+            self._held += features.nbytes
