@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from laavit.attention import AttentionContext, laavit_attention
+from laavit.structures import Tile, Trace
+from laavit.traces.store import TraceWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "bench" / "attention.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def bench(*words: str, script: str = "attention.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "bench" / script), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_a_small_comparison_prints_and_writes(tmp_path: Path) -> None:
@@ -36,6 +40,57 @@ def test_a_small_comparison_prints_and_writes(tmp_path: Path) -> None:
 def test_wrong_flags_exit_2() -> None:
     assert bench("--repeats", "0").returncode == 2
     assert bench("--works", "serving").returncode == 2
+    assert bench("--tokens", "9", "3", script="extract.py").returncode == 2
+    assert bench("--kept", "0", script="extract.py").returncode == 2
+
+
+def test_a_small_extraction_is_compared_with_the_straightforward_one(tmp_path: Path) -> None:
+    """Both ways answer, look and understand alike (the script stops if they do not), and every measure is there."""
+    out = tmp_path / "extract.json"
+    done = bench("--quick", "--parts", "runs", "stores", "--out", str(out), script="extract.py")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["about"]["samples"] == 5 and found["about"]["shape"] == [30, 64]
+    kinds = [row["kind"] for row in found["rows"]]
+    assert kinds == ["throughput", "throughput"] + ["bytes", "loading"] * 3
+    rows = {row["what"]: row for row in found["rows"]}
+    made = rows["bytes a sample, 30 tokens of 64, 8 rows"]
+    assert made["straightforward"] > 30 * 64 * 2 and made["factor"] == made["straightforward"] / made["ours"] > 1
+    assert rows["bytes a sample, 30 tokens of 64, one vector"]["ours"] < made["ours"]
+    assert all(row["ours"] > 0 and row["straightforward"] > 0 for row in found["rows"])
+    assert "| measure | ours | straightforward | factor | wanted |" in done.stdout
+
+
+def test_an_extraction_that_differs_stops_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
+    module = importlib.import_module("extract")
+    tile = Tile(1, 12)
+    gaze, states = torch.rand(12), torch.randn(12, 4)
+    top = module.TOP_K
+    kept = gaze.topk(top).indices
+    scaled = (gaze - gaze.min()) / (gaze.max() - gaze.min() + 1e-8)
+    pooled = (scaled[kept] / scaled[kept].sum()) @ states[kept]
+    with TraceWriter(tmp_path / "ours-0", {"gaze_top_k": top, "semantics_dtype": "float16"}, 4) as writer:
+        writer.extend([Trace("a", "yes", (tile,), gaze, pooled, 0.5)])
+    plain = tmp_path / "straightforward-0"
+    plain.mkdir()
+
+    def stored(answer: str, scores: torch.Tensor, features: torch.Tensor) -> None:
+        module.write_pair(plain / "a", features, scores)
+        results = [{"question_id": "a", "question": "?", "teacher_full_response": answer}]
+        (plain / "results.json").write_text(json.dumps({"results": results}))
+
+    stored("yes", gaze, states)
+    assert module.same(tmp_path) == 1
+    stored("no", gaze, states)
+    with pytest.raises(RuntimeError, match="'yes' and 'no'"):
+        module.same(tmp_path)
+    stored("yes", 1 - gaze, states)
+    with pytest.raises(RuntimeError, match="other tokens are looked at"):
+        module.same(tmp_path)
+    stored("yes", gaze, states * 1.1)
+    with pytest.raises(AssertionError):
+        module.same(tmp_path)
 
 
 def test_merged_rows_are_the_mean_over_layers_without_keeping_each() -> None:

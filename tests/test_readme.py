@@ -110,11 +110,14 @@ def stand_in(words: list[str]) -> list[str]:
     elif words[:1] == ["python"]:
         words = [sys.executable, *words[1:]]
     line = " ".join(words)
-    if "train.py" in line or "extract.py" in line or " plan " in line:
+    bench = "tools/bench/" in line
+    if not bench and ("train.py" in line or "extract.py" in line or " plan " in line):
         words += SMALL
     if " microlab " in line:
         words += ["--train", "2", "--val", "1", "--test", "1"]
-    if "tools/bench/" in line:
+    if words[1:3] == ["data", "check"] and "--data" not in words:
+        words += DATA
+    if bench:
         words += BENCH[Path(words[1]).name].split()
     if "eval.py" in line:
         words += ["--data-root", "data/eval", "--limit", "2"]
@@ -125,7 +128,7 @@ def stand_in(words: list[str]) -> list[str]:
     return words
 
 
-BENCH = {"attention.py": "--tokens 64 --repeats 1"}
+BENCH = {"attention.py": "--tokens 64 --repeats 1", "extract.py": "--quick"}
 
 
 @pytest.mark.parametrize("document", documents())
