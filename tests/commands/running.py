@@ -1,7 +1,8 @@
 """Runs laavit's commands in children that can be killed: ``python running.py``, one JSON request a line on stdin.
 
 The imports, which take most of a short command's time, are paid once; a request forks. It is
-``{"command", "words", "kill_after" (seconds or null)}``; the answer is ``{"code", "seconds"}``, code -9 when killed.
+``{"jobs": [[command, words, environment], ...], "kill_after" (seconds or null), "kill" (places in the list)}``: jobs
+start together and are killed together; the answer is ``{"codes", "seconds"}``, code -9 where killed.
 """
 
 import json
@@ -19,11 +20,20 @@ import laavit.model  # noqa: F401 - imported before the fork
 from laavit.cli import run
 
 
-def child(command: str, words: list[str]) -> None:
+def child(command: str, words: list[str], environment: dict[str, str]) -> None:
     """The command, as a process of its own would run it; never returns."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
+    os.environ.update(environment)
     os._exit(run(command, words))
+
+
+def start(job: tuple[str, list[str], dict[str, str]]) -> int:
+    """Fork a command; its process."""
+    process = os.fork()
+    if process == 0:
+        child(*job)
+    return process
 
 
 def main() -> None:
@@ -32,20 +42,20 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         begin = time.monotonic()
-        process = os.fork()
-        if process == 0:
-            child(request["command"], request["words"])
-        status = None
-        while status is None:
-            found, code = os.waitpid(process, os.WNOHANG)
+        alive = {start(job): place for place, job in enumerate(request["jobs"])}
+        codes, killed = [0] * len(alive), request["kill_after"] is None
+        while alive:
+            found, status = os.waitpid(-1, os.WNOHANG)
             if found:
-                status = os.waitstatus_to_exitcode(code)
-            elif request["kill_after"] is not None and time.monotonic() - begin > request["kill_after"]:
-                os.kill(process, signal.SIGKILL)
-                status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+                codes[alive.pop(found)] = os.waitstatus_to_exitcode(status)
+            elif not killed and time.monotonic() - begin > request["kill_after"]:
+                killed = True
+                for process, place in alive.items():
+                    if place in request["kill"]:
+                        os.kill(process, signal.SIGKILL)
             else:
                 time.sleep(0.002)
-        sys.stdout.write(json.dumps({"code": status, "seconds": time.monotonic() - begin}) + "\n")
+        sys.stdout.write(json.dumps({"codes": codes, "seconds": time.monotonic() - begin}) + "\n")
         sys.stdout.flush()
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from laavit.microlab.dataset import DatasetSettings, write_dataset
 from laavit.microlab.tiny import Sizes, build_model, build_processor, build_tokenizer
+from laavit.traces.store import TraceStore
 
 RECIPE = """
 student = dict(name="hf", path={student!r})
@@ -33,6 +34,9 @@ train = dict(
 """
 
 
+Job = tuple[str, tuple[object, ...], dict[str, str]]
+
+
 class Runner:
     """A process that forks killable commands; see running.py."""
 
@@ -45,8 +49,14 @@ class Runner:
         )  # fmt: skip
 
     def __call__(self, command: str, *words: object, kill_after: float | None = None) -> dict[str, Any]:
+        found = self.together([(command, words, {})], kill_after)
+        return {"code": found["codes"][0], "seconds": found["seconds"]}
+
+    def together(self, jobs: list[Job], kill_after: float | None = None, kill: list[int] | None = None) -> Any:
+        """Run jobs side by side, killing all of them, or those in ``kill``, after so many seconds."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        request = {"command": command, "words": [str(word) for word in words], "kill_after": kill_after}
+        plain = [(command, [str(word) for word in words], more) for command, words, more in jobs]
+        request = {"jobs": plain, "kill_after": kill_after, "kill": list(range(len(jobs))) if kill is None else kill}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -148,6 +158,64 @@ def test_a_killed_training_ends_with_the_same_bits(
     runner: Runner, recipe: Path, reference: dict[str, float], tmp_path: Path
 ) -> None:
     assert check_train(runner, recipe, reference, tmp_path, kills=2, seed=1) >= 1
+
+
+MODES: dict[str, list[tuple[tuple[str, ...], dict[str, str]]]] = {
+    "one process": [((), {})],
+    "two ranks": [((), {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}) for rank in range(2)],
+    "three array jobs": [(("--part", f"{part}/3"), {}) for part in (1, 2, 3)],
+}
+
+
+def split_and_killed(runner: Runner, words: tuple[object, ...], mode: str, whole: float, kills: int, seed: int) -> int:
+    """Kill a mode's processes, or one of them, until there were so many kills; then let all finish."""
+    dice, count = random.Random(seed), 0
+    jobs = [("extract", (*words, *more), environment) for more, environment in MODES[mode]]
+    for _ in range(3 * kills):
+        if count >= kills:
+            break
+        chosen = jobs if mode == "two ranks" else dice.sample(jobs, dice.randint(1, len(jobs)))
+        victims = list(range(len(chosen))) if dice.random() < 0.6 else [dice.randrange(len(chosen))]
+        moment = dice.uniform(0.1, 0.25 + 0.5 / (1 + count)) * whole
+        count += runner.together(chosen, moment, victims)["codes"].count(-9)
+    assert set(runner.together(jobs)["codes"]) == {0}
+    return count
+
+
+@pytest.fixture(scope="module")
+def shipped(runner: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """Twelve scenes through the micro-lab's shipped teacher, uninterrupted: the folder, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("shipped")
+    write_dataset(folder / "data", DatasetSettings(train=12, val=1, test=1))
+    return folder, runner("extract", *of_shipped(folder, folder / "whole"))["seconds"]
+
+
+def of_shipped(folder: Path, out: Path) -> tuple[object, ...]:
+    data = ("--data.annotations", folder / "data" / "train.json", "--data.root", folder / "data" / "images")
+    sizes = ("--extract.batch_size", 4, "--extract.shard_size", 8)
+    return ("zoo:microlab/lavit.py", *data, *sizes, "--traces.path", out)
+
+
+def check_split(runner: Runner, shipped: tuple[Path, float], out: Path, mode: str, kills: int, seed: int) -> int:
+    folder, seconds = shipped
+    found = split_and_killed(runner, of_shipped(folder, out), mode, seconds, kills, seed)
+    assert content(out, "*") == content(folder / "whole", "*") and len(TraceStore(out)) == 72
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_shipped_teachers_traces_survive_kills_in_every_split(
+    runner: Runner, shipped: tuple[Path, float], tmp_path: Path, mode: str
+) -> None:
+    assert check_split(runner, shipped, tmp_path / "store", mode, kills=2, seed=3) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_the_shipped_teachers_traces_survive_many_kills(
+    runner: Runner, shipped: tuple[Path, float], tmp_path: Path, mode: str
+) -> None:
+    assert sum(check_split(runner, shipped, tmp_path / str(n), mode, kills=8, seed=n) for n in range(4)) >= 24
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from laavit.teachers import ray_engine
 from laavit.traces.store import TraceStore, verify
 
 RECIPE = "zoo:microlab/lavit.py"
-ACTORS = "ray::.*ShardActor"
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +88,11 @@ def test_three_array_jobs_in_any_order(scenes: Path, whole: Path, tmp_path: Path
     check(tmp_path / "store", whole)
 
 
-def actors() -> list[int]:
-    return [
-        int(word) for word in subprocess.run(["pgrep", "-f", ACTORS], capture_output=True, text=True).stdout.split()
-    ]
+def actors(process: int) -> list[int]:
+    """The Ray actors that a process has started."""
+    every = psutil.process_iter(["pid", "cmdline"])
+    named = {each.pid for each in every if "ShardActor" in " ".join(each.info["cmdline"] or [])}
+    return [child.pid for child in psutil.Process(process).children(recursive=True) if child.pid in named]
 
 
 def progress(out: Path) -> int:
@@ -106,7 +106,7 @@ def test_ray_on_this_machine_and_an_actor_killed(scenes: Path, whole: Path, tmp_
     def kill() -> None:
         while not progress(out):
             time.sleep(0.002)
-        os.kill(actors()[0], signal.SIGKILL)
+        os.kill(actors(os.getpid())[0], signal.SIGKILL)
         kills.append(progress(out))
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -195,10 +195,6 @@ def one_rank(process: subprocess.Popen[str]) -> list[int]:
     return family(process)[:1]
 
 
-def alone(process: subprocess.Popen[str]) -> list[int]:
-    return [process.pid]
-
-
 def until_done(start: Any, out: Path, dice: random.Random, victims: Any, rounds: int = 6) -> int:
     """Start a command and kill at a random moment, ``rounds`` times, then let it finish; the number of kills."""
     kills = 0
@@ -229,40 +225,15 @@ def on_ray(arguments: list[str]) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("seed", range(4))
 def test_many_kills_on_ray(scenes: Path, whole: Path, tmp_path: Path, seed: int) -> None:
     """The whole machine, or the command alone, which Ray's other processes notice and go; 20 kills in all."""
-    out, victims = tmp_path / "store", (alone, family)[seed % 2]
+    out, known = tmp_path / "store", list[psutil.Process]()
 
     def start() -> subprocess.Popen[str]:
-        while actors():  # of the killed run, on their way out
-            time.sleep(0.1)
+        psutil.wait_procs(known, timeout=100)  # those of the killed run, on their way out
         return on_ray(words(scenes, out))
 
+    def victims(process: subprocess.Popen[str]) -> list[int]:
+        known[:] = psutil.Process(process.pid).children(recursive=True)
+        return family(process) if seed % 2 else [process.pid]
+
     assert until_done(start, out, random.Random(seed), victims) >= 5
-    check(out, whole)
-
-
-def job(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "laavit.cli", "extract", *arguments]
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, stderr=subprocess.DEVNULL, start_new_session=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_many_kills_of_array_jobs(scenes: Path, whole: Path, tmp_path: Path, seed: int) -> None:
-    """Each of three jobs is killed twice, in any order, before each is let finish; 20 kills in all."""
-    out, dice, kills = tmp_path / "store", random.Random(seed), 0
-    for part in dice.sample([1, 2, 3] * 2, 6):
-        process = job(words(scenes, out, "--part", f"{part}/3", "--extract.workers", str(dice.choice([0, 1]))))
-        kills += not ended(process, out, dice, alone)
-        process.wait(timeout=200)
-    for part in dice.sample([1, 2, 3], 3):
-        assert job(words(scenes, out, "--part", f"{part}/3")).wait(timeout=200) == 0
-    assert kills >= 5
-    check(out, whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_many_kills_of_one_process(scenes: Path, whole: Path, tmp_path: Path, seed: int) -> None:
-    out = tmp_path / "store"
-    assert until_done(lambda: job(words(scenes, out)), out, random.Random(seed), alone) >= 5
     check(out, whole)
