@@ -134,13 +134,15 @@ def checked(key: str, cls: type, args: Mapping[str, Any]) -> dict[str, Any]:
         if name not in allowed:
             raise UserError(f"{key}.{name}: {cls.__name__} takes no '{name}'; {nearest(name, allowed)}")
     try:
-        return parser.parse_object({"c": dict(args)}).as_dict().get("c", {})
+        values = parser.parse_object({"c": dict(args)}).as_dict().get("c", {})
     except ArgumentError as error:
         text = " ".join(line.strip() for line in str(error).splitlines())
         text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
         named = re.fullmatch(r'Parser key "c\.([\w.]+)": (.*)', text)
         where, said = (f"{key}.{named[1]}", named[2]) if named else (key, re.sub(r"\bc\.", f"{key}.", text))
         raise UserError(f"{where}: {said}") from None
+    # jsonargparse's numbers of a limited range are of classes of their own, which YAML does not know
+    return {name: float(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
 class Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from laavit.commands.parts import show_part
 from laavit.gates import (
     ConstantGate,
     CosineGate,
@@ -174,7 +176,7 @@ NAMED = {
 }
 
 
-def test_every_registered_name_does_what_it_says() -> None:
+def test_every_registered_name_does_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(cards("gates")) == {*NAMED, "paths"}
     assert {card.type for card in cards("gates").values()} <= set(GATES.module_dict)
     for name, values in NAMED.items():
@@ -182,6 +184,8 @@ def test_every_registered_name_does_what_it_says() -> None:
         gate.set_run(1000)
         assert [gate.gamma(step) for step in (0, 200, 400, 999)] == pytest.approx(values, abs=1e-6), name
         both = ("answer->image", "question->image")
+        show_part(f"gates/{name}")
+        assert "layers: null" in capsys.readouterr().out
         assert gate.paths == (both if name == "livr" else both[:1]) and gate.layers is None
 
 
@@ -256,3 +260,5 @@ def test_a_recipe_names_share_layers_and_a_gate_for_each_path(own_project: Path)
     with pytest.raises(UserError, match=r"^gate: question\.warmup: .*1\.5"):
         gate("--gate", "{name: paths, question: {name: hard, warmup: 1.5}}")
     assert of_recipe(load_recipe(own_project, ["--gate", "null"])) is None
+    kept = load_recipe(own_project, ["--gate.warmup", "0.3"])
+    assert type(kept.config["gate"]["warmup"]) is float and pickle.loads(pickle.dumps(kept)).text() == kept.text()  # noqa: S301
