@@ -109,9 +109,7 @@ def read_header(folder: Path) -> Header | None:
         version = content["schema"]
         if version != SCHEMA:
             old = ", written by an earlier version (extract it again)" if version == 1 else ""
-            raise UserError(
-                f"the trace store '{folder}' has schema {version}{old}; this version reads schema {SCHEMA}"
-            )
+            raise UserError(f"the trace store '{folder}' has schema {version}{old}; this version reads schema {SCHEMA}")
         samples = content["samples"]
         header = Header(int(content["shard_size"]), int(samples["count"]), str(samples["sha256"]), content["header"])
     except UserError:
