@@ -91,7 +91,8 @@ class MapTarget(Target):
         if self.control == "random":
             maps = shuffled_cells(maps, self.seed, encoded.sample.id)
         if self.smoothing:  # a map that stands for no row stays zero
-            maps = (1 - self.smoothing) * maps + self.smoothing / tokens * (maps.sum(-1, keepdim=True) > 0)
+            followed = (maps.sum(-1, keepdim=True) > 0).to(maps)
+            maps = (1 - self.smoothing) * maps + self.smoothing / tokens * followed
         return {"gaze": maps.T if maps.ndim == 2 else maps}
 
     def forward(self, output: StudentOutput, roles: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
