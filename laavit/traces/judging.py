@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -88,7 +89,12 @@ def settings_of(store: TraceStore, name: str) -> dict[str, Any]:
 def _judged(judgement: Filter, pairs: Sequence[tuple[Sample, Trace]]) -> list[Judgement]:
     if hasattr(judgement, "many"):
         return list(judgement.many(pairs))
-    return [Judgement(*judgement(sample, trace)) for sample, trace in pairs]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # maps are small: threads that wait for each other cost up to 20 times the work
+    try:
+        return [Judgement(*judgement(sample, trace)) for sample, trace in pairs]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def with_traces(samples: Iterable[Sample], store: TraceStore) -> Iterator[Sample]:
