@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -185,8 +186,13 @@ class AttentionContext:
         return self._masks[key][1]
 
 
-def _allowed(mask: Tensor | None, positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def _allowed(mask: Tensor | BlockMask | None, positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """The additive mask of the given queries: 0 where they may look, -inf elsewhere: [B or 1, 1, Q, S]."""
+    if isinstance(mask, BlockMask):  # FlexAttention's: a function of indices, asked about these rows alone
+        samples = torch.arange(len(positions), device=positions.device)[:, None, None, None]
+        keys = torch.arange(length, device=positions.device)
+        allowed = mask.mask_mod(samples, torch.zeros_like(samples), positions[:, None, :, None], keys)
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
     if mask is None:
         causal = torch.arange(length, device=positions.device) <= positions[:, None, :, None]
         return torch.zeros(causal.shape, dtype=dtype, device=positions.device).masked_fill_(~causal, -math.inf)
@@ -199,13 +205,13 @@ def _allowed(mask: Tensor | None, positions: Tensor, length: int, dtype: torch.d
 
 
 def attention_rows(
-    query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | None, bias: Tensor | None, scaling: float
+    query: Tensor, key: Tensor, rows: Tensor, mask: Tensor | BlockMask | None, bias: Tensor | None, scaling: float
 ) -> Tensor:
     """Softmax rows of chosen queries (Eq. 2's A^{(l,h)}_{i,j} for i in ``rows``), without the full map.
 
     Args:
         query: [B, H, S, D]. key: [B, H / G, S, D]. rows: long [B, R], no negative entries.
-        mask: the model's mask, bool or additive, [B or 1, 1, S, S]; None means causal.
+        mask: the model's mask, bool or additive, [B or 1, 1, S, S], or a block mask of all heads; None means causal.
         bias: additive [B, 1, R, S] or None.
         scaling: the score's factor, usually 1 / sqrt(D).
 
@@ -223,7 +229,12 @@ def attention_rows(
 
 
 def record_rows(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None, context: AttentionContext
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | BlockMask | None,
+    scaling: float | None,
+    context: AttentionContext,
 ) -> int:
     """Record what a context asks of a layer, its gate included; returns the layer's index.
 
@@ -247,7 +258,7 @@ def record_rows(
     bias = context.bias_at(rows, torch.promote_types(query.dtype, torch.float32), layer)
     heads = context.chosen(layer, query.shape[1], query.device)
     if heads is not None:
-        if mask is not None and mask.shape[1] > 1:
+        if isinstance(mask, Tensor) and mask.shape[1] > 1:
             mask = mask[:, heads]
         key = key[:, heads // (query.shape[1] // key.shape[1])]
         query = query[:, heads]

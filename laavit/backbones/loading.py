@@ -14,9 +14,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from laavit.attention import IMPLEMENTATION
 from laavit.backbones.families import family_class
+from laavit.flex_attention import FLEX
 from laavit.recipe import zoo_path
 from laavit.registry import UserError, nearest
 
+#: the decoder's attention functions that know gates and record rows
+ATTENTIONS = (IMPLEMENTATION, FLEX)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 #: ways to spread a model over devices that transformers works out by itself
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone
 from laavit.backbones.chat import PromptSettings, SequenceBuilder
+from laavit.backbones.loading import ATTENTIONS
 from laavit.latents import SEPARATOR, latent_tokens
-from laavit.registry import STUDENTS, UserError
+from laavit.registry import STUDENTS, UserError, nearest
 from laavit.structures import Batch
 
 #: Names of parts that can be frozen, and the parameters they stand for.
@@ -34,7 +35,8 @@ class HFStudent(nn.Module):
         dtype: of the weights; 'float32' with bf16 autocast is the safe choice for full fine-tuning.
         freeze: parts that do not learn: 'vision', 'embeddings' (latent rows still learn), 'head', 'decoder', or regular
             expressions over parameter names (``layers\\.[01]\\.`` freezes the first two layers).
-        attention: name of the attention implementation of the text decoder.
+        attention: of the text decoder: 'laavit', on SDPA, or 'laavit_flex', on FlexAttention: there a gate needs no
+            mask, and training needs a GPU.
         min_pixels, max_pixels: images are scaled to lie between; None keeps the processor's own bound.
     """
 
@@ -48,6 +50,8 @@ class HFStudent(nn.Module):
         max_pixels: int | None = None,
     ) -> None:
         super().__init__()
+        if attention not in ATTENTIONS:  # another one would leave the gate and the targets' rows out
+            raise UserError(f"attention: got '{attention}'; {nearest(attention, ATTENTIONS)}")
         backbone = Backbone.load(path, dtype, attention=attention, min_pixels=min_pixels, max_pixels=max_pixels)
         self._take(backbone, path, freeze)
 
