@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from laavit.attention import AttentionContext, GatePath
 from laavit.backbones.chat import IGNORED
+from laavit.backbones.embeddings import input_embeddings
 from laavit.backbones.rows import row_positions
 from laavit.data.aligned import header_of
 from laavit.gates import PATHS, Gate
@@ -106,13 +107,16 @@ class LaViT(BaseModel):
         return AttentionContext(paths=paths, rows=rows, layers=layers, num_layers=depth), positions
 
     def observe(self, batch: Batch) -> StudentOutput:
-        """One pass of the student: states, logits at the labels alone, recorded rows."""
+        """One pass of the student: states, logits at the labels alone, recorded rows, what targets ask for beside."""
         context, positions = self.context(batch)
-        hidden = self.student(batch, context)
+        backbone, looking = self.student.backbone, any(t.needs_embeddings for t in self.named_targets.values())
+        with input_embeddings(backbone.family.decoder(backbone.model) if looking else None) as seen:
+            hidden = self.student(batch, context)
         asked = batch.labels != IGNORED
-        logits = self.student.backbone.logits(hidden[asked])
+        logits = backbone.logits(hidden[asked])
         rows = context.recorded if context is not None else {}
-        return StudentOutput(hidden, logits, batch.labels[asked], rows, positions)
+        # The first pass holds the images, whatever passes latents add.
+        return StudentOutput(hidden, logits, batch.labels[asked], rows, positions, seen[0] if seen else None)
 
     def forward(self, batch: Batch, mode: str = "loss") -> dict[str, Tensor]:  # type: ignore[override]
         """The losses of a batch: ``loss`` is the total, every other key a logged figure of its own name."""

@@ -211,6 +211,7 @@ class StudentOutput:
         rows: recorded attention rows by layer, [B, R, S] each.
         row_positions: the query positions of each kind of row, long [B, R_kind], -1 pads; the kinds stand in ``rows``
             one after another in this order.
+        embeddings: what enters the decoder, [B, S, D], where a target asks for it: at image positions the patches.
     """
 
     hidden: Tensor
@@ -218,3 +219,4 @@ class StudentOutput:
     labels: Tensor
     rows: dict[int, Tensor] = field(default_factory=dict)
     row_positions: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: Tensor | None = None

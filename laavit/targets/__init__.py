@@ -1,8 +1,9 @@
-"""What a student is aligned to: semantics (concept), gaze (trajectory, boxes), and controls of each."""
+"""What a student is aligned to: semantics (concept, regions), gaze (trajectory, boxes), and controls of each."""
 
 from laavit.targets.base import Target
 from laavit.targets.box import BoxTarget
 from laavit.targets.concept import ConceptTarget
+from laavit.targets.region import RegionTarget
 from laavit.targets.trajectory import TrajectoryTarget
 
-__all__ = ["BoxTarget", "ConceptTarget", "Target", "TrajectoryTarget"]
+__all__ = ["BoxTarget", "ConceptTarget", "RegionTarget", "Target", "TrajectoryTarget"]

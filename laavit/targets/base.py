@@ -25,6 +25,8 @@ class Target(nn.Module):
     rows: tuple[str, ...] = ()
     #: decoder layers of those rows, negative ones from the end; None is all
     layers: tuple[int, ...] | None = None
+    #: whether it reads the decoder's input embeddings (``StudentOutput.embeddings``)
+    needs_embeddings: bool = False
     #: whether a sample needs a trace
     needs_trace: bool = True
     #: whether a sample needs boxes
