@@ -66,7 +66,7 @@ def test_a_registered_target_is_alive(lab: Any, students: dict[int, Any], sample
     traces = [rich(lab, sample, item) if target.needs_trace else None for sample, item in zip(samples, items)]
     batch.targets["t"] = stack([target.prepare(item, trace) for item, trace in zip(items, traces, strict=True)])
     losses = model(batch)
-    assert 0 < losses["t"] < 20
+    assert losses["t"] > 0 and torch.isfinite(losses["t"])
     torch.testing.assert_close(losses["loss"].detach(), losses["ntp"] + target.weight * losses["t"])
 
     output = model.observe(batch)
