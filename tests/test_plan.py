@@ -24,6 +24,7 @@ from laavit.model import LaViT, build_model
 from laavit.recipe import Recipe, load_recipe
 from laavit.registry import UserError
 from laavit.structures import Sample
+from laavit.traces.store import TraceWriter
 
 LOAD = planning.Load(text=24, answer=4)
 #: what the meter may differ by from the allocator's own account of the same step
@@ -200,6 +201,20 @@ def test_the_command_prints_tables_and_json(
     assert main(["plan", str(cfg), "--json", "--gpus", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step"]["micro_batch"] == 1 and found["gate"] is None and found["extraction"] is None
+
+
+def test_targets_without_a_teacher_and_with_a_store_of_their_own(tiny_folder: Path, tmp_path: Path) -> None:
+    """Boxes and regions need no teacher; a static encoder's store tells its own width; what is matched is counted."""
+    header = {"width": 7, "static": "cls", "teacher": "vit", "settings": {"semantics": "top_k_rows", "top_k": 8}}
+    with TraceWriter(tmp_path / "static", header):
+        pass
+    own = {"name": "static_embeddings", "store": str(tmp_path / "static"), "anchor": "all", "match": "hungarian"}
+    shaped = planning.shape_models(recipe_of(tiny_folder, teacher=None, targets={"b": "box", "r": "region", "c": own}))
+    found = planning.training_step(shaped, 2, LOAD, checkpointing=False)
+    assert {"b", "r", "c"} <= set(found["losses"])
+    assert planning.parameters_by_part(shaped.model)["target heads"]["all"] == 32 * 32 + 32 + 32 * 7 + 7
+    with pytest.raises(UserError, match=r"targets\.t needs traces, and the recipe has no teacher"):
+        planning.shape_models(recipe_of(tiny_folder, teacher=None, targets={"t": "trajectory"}))
 
 
 @pytest.mark.parametrize(

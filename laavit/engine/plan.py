@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from laavit.backbones.base import Backbone, collate
 from laavit.backbones.chat import IGNORED
 from laavit.backbones.rows import row_positions
+from laavit.data.aligned import header_of
+from laavit.engine.examples import example_trace, stored_rows
 from laavit.engine.runner import enable_gradient_checkpointing
 from laavit.engine.settings import TrainSettings
 from laavit.engine.shapes import Blueprint, Meter, blueprint, bytes_of, fake_mode, shaped_backbone
@@ -27,8 +29,9 @@ from laavit.latents import latent_tokens
 from laavit.model import LaViT, build_gate, build_targets, check_layers
 from laavit.recipe import Recipe
 from laavit.registry import UserError
-from laavit.structures import Batch, Encoded, Role, Sample, Span, Step, Tile, Trace
+from laavit.structures import Batch, Box, Encoded, Role, Sample, Span, Tile
 from laavit.students.hf import PARTS, HFStudent
+from laavit.targets import ConceptTarget
 from laavit.targets.base import stack
 from laavit.teachers.recording import recording
 from laavit.teachers.settings import ExtractSettings
@@ -99,7 +102,7 @@ def example(backbone: Backbone, grid: tuple[int, int], latents: int, load: Load)
         position_ids=backbone.family.positions(ids, vision),
         header=(before + tokens + after, before + tokens + after + header),
         vision=vision,
-        sample=Sample("plan", (), "", ""),
+        sample=Sample("plan", (), "", "", (Box(0.25, 0.25, 0.75, 0.75),)),
     )
 
 
@@ -168,10 +171,13 @@ def shape_models(recipe: Recipe) -> Shaped:
         teacher = shaped_backbone(teacher_plan, recipe.arguments("teacher")["dtype"], "laavit", mode)
         teacher.model.eval().requires_grad_(False)
         header = {"width": teacher.width, "depth": teacher.depth, "settings": recipe.build("extract").card()}
-    elif recipe.config["targets"]:
-        raise UserError("the recipe has targets but no teacher: their widths are not known")
     with mode:
         targets = build_targets(recipe, student, header)
+    for name, target in targets.items():
+        if target.needs_trace and target.store is None and teacher is None:
+            raise UserError(f"targets.{name} needs traces, and the recipe has no teacher: their width is not known")
+        if isinstance(target, ConceptTarget) and target.match == "hungarian":
+            target.match = "order"  # which rows are matched is no matter of shapes
     model = LaViT(student, gate, targets)
     return Shaped(recipe, mode, model, plan, teacher, teacher_plan)
 
@@ -205,31 +211,19 @@ def vision_pass(backbone: Backbone, grid: tuple[int, int], mode: FakeTensorMode,
     return {"peak": meter.peak, "held": held if learns else 0}
 
 
-def stored_rows(settings: ExtractSettings, tokens: int) -> int:
-    """How many image tokens' states a trace holds; 0 where they are pooled into one vector."""
-    return {"full": tokens, "top_k_rows": min(settings.top_k, tokens)}.get(settings.semantics, 0)
-
-
 def prepared_targets(shaped: Shaped, item: Encoded, size: int) -> dict[str, dict[str, Tensor]]:
-    """What the recipe's targets prepare for ``size`` samples with a trace of the teacher's shapes."""
-    if shaped.teacher is None or shaped.teacher_plan is None:
-        return {}
-    grid = shaped.grid("teacher", shaped.teacher_plan)
-    tokens = grid[0] * grid[1]
-    settings = shaped.recipe.build("extract")
-    rows = stored_rows(settings, tokens)
-    semantics = torch.rand(rows or 1, shaped.teacher.width)
-    trace = Trace(
-        sample_id="plan",
-        answer="",
-        tiles=(Tile(*grid),),
-        gaze=torch.rand(tokens),
-        semantics=semantics if rows else semantics[0],
-        mass=1.0,
-        semantic_tokens=torch.arange(rows) if rows else None,
-        steps=() if settings.steps == "none" else (Step("", "", torch.rand(tokens)),),
-    )
-    one = {name: target.prepare(item, trace) for name, target in shaped.model.targets.items()}  # type: ignore[operator]
+    """What the recipe's targets prepare for ``size`` samples with traces of their teachers' shapes."""
+    one, teacher = {}, shaped.teacher
+    for name, target in shaped.model.named_targets.items():
+        trace, settings = None, shaped.recipe.build("extract").card()
+        if target.needs_trace and target.store is not None:  # its maps are taken to be of the student's size
+            header = header_of(target.store)
+            tiles = tuple(span.tile for span in item.spans)
+            trace = example_trace(tiles, header["width"], settings | header.get("settings", {}))
+        elif target.needs_trace:
+            assert teacher is not None and shaped.teacher_plan is not None, "shape_models asks for a teacher"
+            trace = example_trace((Tile(*shaped.grid("teacher", shaped.teacher_plan)),), teacher.width, settings)
+        one[name] = target.prepare(item, trace)
     return {name: stack([prepared] * size) for name, prepared in one.items()}
 
 
@@ -302,7 +296,7 @@ def extraction_pass(shaped: Shaped, load: Load) -> dict[str, int]:
         "activations": max(meter.peak, vision),
         "key-value cache": keys,
         "image_tokens": tokens,
-        "trace": gaze * steps + 4 * max(stored_rows(settings, tokens), 1) * backbone.width,
+        "trace": gaze * steps + 4 * max(stored_rows(settings.card(), tokens), 1) * backbone.width,
     }
 
 
