@@ -1,7 +1,7 @@
 """FlexAttention against the same function on SDPA: values, gradients, rows; and what it refuses.
 
 torch refuses gradients of FlexAttention on the CPU, although its uncompiled kernel has them: ``with_gradients`` lifts
-the refusal, so that the gate's ``score_mod`` is differentiated by torch's own backward. No kernel is compiled here.
+the refusal, so that the gate's ``score_mod`` is differentiated by torch's own backward.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as torch_flex
 
 import laavit.flex_attention as flex
@@ -136,6 +137,27 @@ def test_what_it_cannot_do_is_refused() -> None:
         laavit_flex_attention(Layer(), query, key, value, None, dropout=0.1)
     with pytest.raises(ValueError, match="without a key-value cache"), torch.no_grad():
         laavit_flex_attention(Layer(), query[:, :, -1:], key, value, None, laavit=AttentionContext(rows=ROWS))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_compiled_kernel_is_equal_and_stays_compiled_while_gamma_changes() -> None:
+    """On the CPU, where torch compiles the forward pass alone: one graph a schedule, one more for other lengths."""
+    compiled = torch.compile(torch_flex.flex_attention)
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    for length, graphs in ((256, 1), (300, 2), (310, 2)):
+        query, key, value = (torch.randn(2, heads, length, 16) for heads in (4, 2, 2))
+        index = torch.arange(length)
+        answers, images = (mask.repeat(2, 1) for mask in (index >= length - 40, (index >= 10) & (index < 100)))
+        for bias in (math.log(1e-6), -1.0, -math.inf):
+            paths = (GatePath(answers, images, bias),)
+            blocks, score = block_mask(2, length, length), gate_score(paths, torch.float32)
+            ours = compiled(query, key, value, score_mod=score, block_mask=blocks, enable_gqa=True)
+            expected, _ = laavit_attention(Layer(), query, key, value, None, laavit=AttentionContext(paths=paths))
+            torch.testing.assert_close(ours.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == graphs
 
 
 # --- in a real model --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,10 @@ from laavit.gates import (
     StepGate,
     build_gate,
 )
-from laavit.model import gate_paths, image_blocks
+from laavit.model import check_layers, gate_paths, image_blocks
 from laavit.recipe import cards
 from laavit.registry import GATES, UserError
-from laavit.structures import Batch, Role, Span, Tile
+from laavit.structures import Batch, Role, Sample, Span, Tile
 
 O, I, Q, V, A = (int(role) for role in (Role.OTHER, Role.IMAGE, Role.QUESTION, Role.LATENT, Role.ANSWER))  # noqa: E741
 RAMPS = (CosineGate, LinearGate, ExponentialGate, SigmoidGate)
@@ -238,6 +239,36 @@ def test_each_path_follows_its_own_gate() -> None:
 def test_a_gate_acts_on_some_layers(layers: list[int] | str | None, wanted: set[int] | None) -> None:
     (path,) = gate_paths(ConstantGate(0.5, layers=layers), 0, ONE, 5)
     assert path.layers == wanted
+
+
+def test_each_path_is_gated_and_logged_by_itself(lab: Any, samples: list[Sample]) -> None:
+    """In one model: two schedules at once are the two gates' paths; evaluation is open; a wrong layer is refused."""
+    student = lab.student()
+    both = lab.model({}, PathGates(answer={"name": "linear", "warmup": 4}, question="closed"), student)
+    batch = lab.batch(both, samples)
+    both.set_step(3)
+    context, _ = both.context(batch)
+    alone = [LinearGate(4), ConstantGate(0.0, ("question->image",))]
+    expected = [path for gate in alone for path in gate_paths(gate, 3, batch, 3)]
+    assert [path.bias for path in context.paths] == [path.bias for path in expected]
+    assert all(torch.equal(a.queries, b.queries) for a, b in zip(context.paths, expected, strict=True))
+    losses = both(batch, mode="loss")
+    assert losses["gamma_question"] == 0.0 and losses["gamma_answer"] == pytest.approx(LinearGate(4).gamma(3))
+    losses = both.eval()(batch, mode="loss")
+    assert losses["gamma_question"] == losses["gamma_answer"] == 1.0 and both.context(batch)[0] is None
+    with pytest.raises(UserError, match=r"^gate\.layers: the student has 3 layers, got \(7,\)"):
+        check_layers(ConstantGate(0.0, layers=[7]), student)
+
+
+def test_a_gate_on_no_layer_of_a_model_changes_nothing(lab: Any, samples: list[Sample]) -> None:
+    student = lab.student()
+    outs = []
+    for gate in (None, ConstantGate(0.0, layers=[]), ConstantGate(0.0, layers=[1]), ConstantGate(0.0)):
+        model = lab.model({}, gate, student)
+        with torch.no_grad():
+            outs.append(model.observe(lab.batch(model, samples)).hidden)
+    assert torch.equal(outs[0], outs[1])
+    assert len({float(out.sum()) for out in outs}) == 3
 
 
 # --- in a recipe ------------------------------------------------------------------------------------------------------

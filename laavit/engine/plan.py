@@ -259,7 +259,10 @@ def training_step(shaped: Shaped, size: int, load: Load, checkpointing: bool, pa
     result: dict[str, Any] = {"peak": meter.peak, "activations": meter.peak_apart, "gradients": meter.apart}
     model.zero_grad(set_to_none=True)
     rows, vocabulary = size * load.answer, backbone.model.get_output_embeddings().weight.shape[0]
-    result |= {"losses": [name for name in logged if name not in ("loss", "gamma")], "without_gradient": unreached}
+    result |= {
+        "losses": [name for name in logged if name != "loss" and not name.startswith("gamma")],
+        "without_gradient": unreached,
+    }
     return result | {
         "sequence": len(item.input_ids),
         "image_tokens": grid[0] * grid[1],

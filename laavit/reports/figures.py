@@ -44,6 +44,9 @@ LOGGED = {
     "trajectory": "trajectory loss, KL (Eq. 7)",
     "gaze_kl": "KL from the teacher's gaze",
     "gamma": "gate γ(t) (Eq. 5)",
+    "gamma_answer": "gate γ(t), answer → image",
+    "gamma_question": "gate γ(t), question → image",
+    "gamma_latent": "gate γ(t), latent → image",
     "lr": "learning rate",
 }
 #: Logged keys that say nothing about learning.
@@ -161,7 +164,7 @@ def curve_panels(runs: Sequence[Run], colour: Mapping[str, str]) -> list[Figured
             if not points:
                 continue
             steps, values = (np.asarray(part, dtype=np.float64) for part in zip(*points, strict=True))
-            if key in ("gamma", "lr"):  # schedules have no noise to smooth
+            if key == "lr" or key.startswith("gamma"):  # schedules have no noise to smooth
                 axes.plot(steps, values, color=colour[run.label], linewidth=2)
                 continue
             axes.plot(steps, values, color=colour[run.label], linewidth=0.8, alpha=0.28)

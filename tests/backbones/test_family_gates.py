@@ -12,9 +12,11 @@ import torch
 from families import FAMILY_NAMES
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import flex_attention
 
 from laavit.attention import AttentionContext
-from laavit.backbones import PromptSettings, collate
+from laavit.backbones import Backbone, PromptSettings, collate
+from laavit.flex_attention import FLEX
 from laavit.gates import ConstantGate, Gate
 from laavit.latents import LearnedLatents
 from laavit.model import LaViT, gate_paths, image_blocks
@@ -106,3 +108,29 @@ def test_answers_look_at_no_separator_of_a_closed_image(student: HFStudent, repa
         student.backbone.forward(batch, context)
         found[value] = (context.mean_rows() * image_blocks(batch)[:, None]).sum(-1)
     assert (found[0.0] == 0).all() and (found[1.0] > 0).all()
+
+
+@torch.no_grad()
+def test_flex_attention_gives_the_same(
+    family: str,
+    folder_of: Callable[[str], Path],
+    open_family: Callable[[str], Backbone],
+    repainted: list[list[Sample]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """States and rows, gated in two layers, under the family's own masks (sliding windows, images seen as a whole)."""
+    monkeypatch.setattr(
+        flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True
+    )  # else seconds of tracing a shape
+    found = []
+    for backbone in (open_family(family), Backbone.load(str(folder_of(family)), "float64", attention=FLEX)):
+        builder = backbone.builder(PromptSettings(system="Look."))
+        items = [builder.encode(sample, sample.answer) for sample in repainted[0]]
+        batch = collate(items, backbone.family, backbone.tokenizer.pad_token_id)
+        rows = torch.tensor([[len(item.input_ids) - 2, 5] for item in items])
+        paths = gate_paths(ConstantGate(0.2, CLOSED[:2], layers="last 2"), 0, batch, backbone.depth)
+        context = AttentionContext(paths=paths, rows=rows)
+        states = backbone.forward(batch, context)
+        found.append([states[b, : len(item.input_ids)] for b, item in enumerate(items)] + [context.mean_rows()])
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)

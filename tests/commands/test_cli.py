@@ -41,6 +41,8 @@ def printed(words: Sequence[object], capsys: Capture) -> dict:
         (["--gate", "hrad"], ["gate: ", "'hrad'", "allowed: closed, cosine", "did you mean 'hard'"]),
         (["--gate.warmpu", "3"], ["gate.warmpu", "allowed: epsilon, layers, paths, warmup", "did you mean 'warmup'"]),
         (["--gate.warmup", "soon"], ["gate", "warmup", "soon", "int"]),
+        (["--gate.layers", "[9]"], ["gate.layers", "3 layers", "9"]),
+        (["--gate", "{name: paths, answer: cosin}"], ["gate: ", "no gate is called 'cosin'", "did you mean 'cosine'"]),
         (["--optim.lr", "1"], ["optim: no such key", "allowed: ", "train"]),
         (["--latents.count", "0"], ["latents.count", "at least 1, got 0"]),
         (["--targets.concept.anchor", "lats"], ["targets.concept", "anchor", "lats", "did you mean 'last'"]),
