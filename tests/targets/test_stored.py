@@ -32,6 +32,42 @@ def test_steps_and_rows_are_learned(own_project: Path) -> None:
     assert len(values) and torch.isfinite(values).all() and (values > 0).all()
 
 
+def losses(log: list[dict[str, float]], *names: str) -> torch.Tensor:
+    """The named figures of every logged step, which has them all: [steps, names]."""
+    return torch.tensor([[entry[name] for name in names] for entry in log if "ntp" in entry])
+
+
+def test_controls_and_answer_maps_by_name(own_project: Path) -> None:
+    flags = ["--extract.steps", "token", "--targets.trajectory", "trajectory_answer"]
+    flags += ["--targets.concept", "concept_wrong_image", "--targets.random", "trajectory_random"]
+    flags += ["--targets.shuffled", "trajectory_shuffled"]
+    found = losses(trained(own_project, flags), "trajectory", "concept", "random", "shuffled")
+    assert len(found) and torch.isfinite(found).all() and (found > 0).all()
+
+
+def test_boxes_and_regions_need_no_traces(own_project: Path) -> None:
+    """Without a store, without an extraction; the same recipe with a target of the teacher's says what is missing."""
+    folder = own_project.parent / "run"
+    flags = ["--traces.path", "null", "--filters", "null", "--targets.concept", "null", "--train.steps", "2"]
+    without = [*flags, "--targets.trajectory", "box", "--targets.region", "region", "--work-dir", str(folder)]
+    assert run("train", [str(own_project), *without]) == 0
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = losses(log, "trajectory", "region")
+    assert len(found) and torch.isfinite(found).all() and (found > 0).all()
+
+
+def test_semantics_from_a_store_beside_the_run_s(own_project: Path) -> None:
+    """Gaze of one extraction, semantics of another, each checked against its own header; both are noted down."""
+    other = own_project.parent / "rows"
+    assert run("extract", [str(own_project), "--traces.path", str(other), "--extract.semantics", "top_k_rows"]) == 0
+    flags = ["--targets.concept", "concept_ordered", "--targets.concept.store", str(other)]
+    found = losses(trained(own_project, flags), "concept", "trajectory")
+    assert len(found) and torch.isfinite(found).all() and (found > 0).all()
+    card = json.loads((own_project.parent / "run" / "environment.json").read_text(encoding="utf-8"))
+    noted = json.dumps(card)
+    assert TraceStore(other).digest() in noted and TraceStore(own_project.parent / "traces").digest() in noted
+
+
 @pytest.mark.parametrize("family", ["internvl", "smolvlm"])
 def test_a_teacher_that_cuts_images_up(
     family: str, own_project: Path, tmp_path_factory: pytest.TempPathFactory
