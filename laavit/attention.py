@@ -64,7 +64,8 @@ class AttentionContext:
 
     Args:
         paths: gate paths; those with ``bias == 0`` are dropped, so an open gate is bit-identical to no gate.
-        rows: long [B, R], the query positions whose softmax rows are recorded; ``-1`` pads a ragged batch.
+        rows: long [B, R], the query positions whose softmax rows are recorded; ``-1`` pads a ragged batch. With a
+            key-value cache they count in the new queries, and a row spans the cached keys, too.
         layers: indices of the layers to record, negative ones count from the end (``num_layers`` is then needed);
             ``None`` records all.
         num_layers: the decoder's depth, to resolve negative layer indices.
@@ -186,15 +187,20 @@ class AttentionContext:
         return self._masks[key][1]
 
 
-def _allowed(mask: Tensor | BlockMask | None, positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """The additive mask of the given queries: 0 where they may look, -inf elsewhere: [B or 1, 1, Q, S]."""
+def _allowed(
+    mask: Tensor | BlockMask | None, positions: Tensor, length: int, dtype: torch.dtype, past: int = 0
+) -> Tensor:
+    """The additive mask of the given queries, after ``past`` cached keys: 0 where they may look, -inf elsewhere.
+
+    Returns: [B or 1, 1, Q, S].
+    """
     if isinstance(mask, BlockMask):  # FlexAttention's: a function of indices, asked about these rows alone
         samples = torch.arange(len(positions), device=positions.device)[:, None, None, None]
         keys = torch.arange(length, device=positions.device)
         allowed = mask.mask_mod(samples, torch.zeros_like(samples), positions[:, None, :, None], keys)
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -math.inf)
     if mask is None:
-        causal = torch.arange(length, device=positions.device) <= positions[:, None, :, None]
+        causal = torch.arange(length, device=positions.device) <= positions[:, None, :, None] + past
         return torch.zeros(causal.shape, dtype=dtype, device=positions.device).masked_fill_(~causal, -math.inf)
     batch, heads = positions.shape[0], mask.shape[1]
     mask = mask.expand(batch, heads, *mask.shape[2:])[..., :length]
@@ -210,8 +216,8 @@ def attention_rows(
     """Softmax rows of chosen queries (Eq. 2's A^{(l,h)}_{i,j} for i in ``rows``), without the full map.
 
     Args:
-        query: [B, H, S, D]. key: [B, H / G, S, D]. rows: long [B, R], no negative entries.
-        mask: the model's mask, bool or additive, [B or 1, 1, S, S], or a block mask of all heads; None means causal.
+        query: [B, H, Q, D]. key: [B, H / G, S, D]; the queries are the last Q of S. rows: long [B, R], in 0 .. Q - 1.
+        mask: the model's mask, bool or additive, [B or 1, 1, Q, S], or a block mask of all heads; None means causal.
         bias: additive [B, 1, R, S] or None.
         scaling: the score's factor, usually 1 / sqrt(D).
 
@@ -222,7 +228,7 @@ def attention_rows(
     dtype = torch.promote_types(query.dtype, torch.float32)
     picked = query.gather(2, rows[:, None, :, None].expand(batch, heads, -1, width))
     grouped = picked.reshape(batch, key_heads, -1, width)  # [B, H/G, G*R, D]: the keys are not repeated
-    added = _allowed(mask, rows, length, dtype)
+    added = _allowed(mask, rows, length, dtype, length - query.shape[2])
     # In place: the scores are the largest tensor here, and nothing before the softmax needs them for its gradient.
     scores = (grouped @ key.transpose(-1, -2)).to(dtype).mul_(scaling).reshape(batch, heads, -1, length)
     return scores.add_(added if bias is None else added + bias).softmax(-1)
@@ -242,12 +248,12 @@ def record_rows(
         query: [B, H, S, D]. key: [B, H / G, S, D]. mask: the model's, or None (causal).
 
     Raises:
-        ValueError: a gate or a recording is asked for while keys come from a cache (queries and keys differ in length).
+        ValueError: a gate is asked for while keys come from a cache (queries and keys differ in length).
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if (context.paths or context.rows is not None) and query.shape[2] != key.shape[2]:
+    if context.paths and query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"gate and recording work on whole sequences, got {query.shape[2]} queries for {key.shape[2]} keys: "
+            f"a gate works on whole sequences, got {query.shape[2]} queries for {key.shape[2]} keys: "
             "run the forward pass without a key-value cache"
         )
     if not context.wants(layer):
@@ -301,7 +307,7 @@ def laavit_attention(
         laavit: the context of this forward pass; None is plain SDPA.
 
     Raises:
-        ValueError: a gate or a recording is asked for while keys come from a cache (queries and keys differ in length).
+        ValueError: a gate is asked for while keys come from a cache (queries and keys differ in length).
     """
 
     def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -97,7 +97,7 @@ def test_a_given_mask_is_kept() -> None:
 
 
 def test_a_mask_may_look_ahead_across_the_first_gated_query() -> None:
-    """Gemma 3's image tokens see all of their image: in the other sample of a batch it may end after the gate begins."""
+    """Gemma 3's image tokens see all of their image: in another sample it may end after the gate begins."""
     query, key, value = inputs()
     queries, keys = masks()
     queries[1] = False  # the first sample's gate begins at 7, the second's image lies around it
@@ -135,11 +135,24 @@ def test_rows_are_a_distribution_over_the_past() -> None:
     assert (rows[0, :, 0, 4:] == 0).all() and (rows[0, :, 0, :4] > 0).all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_over_cached_keys_are_those_of_the_whole(masked: bool) -> None:
+    query, key, _ = inputs()
+    length, past = query.shape[2], 6
+    mask = torch.ones(length, length, dtype=torch.bool).tril().expand(2, 1, -1, -1).clone() if masked else None
+    if mask is not None:
+        mask[1, :, :, :2] = False  # the second sample begins with pads
+    last = torch.tensor([[0, 3], [1, 2]])
+    whole = attention_rows(query, key, last + past, mask, None, 8**-0.5)
+    rest = None if mask is None else mask[:, :, past:]
+    torch.testing.assert_close(attention_rows(query[:, :, past:], key, last, rest, None, 8**-0.5), whole)
+
+
 def test_context_refuses_what_it_cannot_do() -> None:
     query, key, value = inputs()
     with pytest.raises(ValueError, match="without a key-value cache"):
         laavit_attention(
-            Layer(), query[:, :, -1:], key, value, None, laavit=AttentionContext(rows=torch.zeros(2, 1).long())
+            Layer(), query[:, :, -1:], key, value, None, laavit=AttentionContext(paths=(GatePath(*masks(), bias=-1.0),))
         )
     with pytest.raises(ValueError, match="lie outside"):
         AttentionContext(rows=torch.zeros(1, 1).long(), layers=[3], num_layers=3)

@@ -136,7 +136,8 @@ def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(UserError, match="cannot do attention dropout; take 'laavit'"):
         laavit_flex_attention(Layer(), query, key, value, None, dropout=0.1)
     with pytest.raises(ValueError, match="without a key-value cache"), torch.no_grad():
-        laavit_flex_attention(Layer(), query[:, :, -1:], key, value, None, laavit=AttentionContext(rows=ROWS))
+        gated = AttentionContext(paths=two_paths(-1.0, 0.0))
+        laavit_flex_attention(Layer(), query[:, :, -1:], key, value, None, laavit=gated)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
+from transformers import Cache
 
 from laavit.attention import IMPLEMENTATION, AttentionContext
 from laavit.backbones.chat import IGNORED, PromptSettings, SequenceBuilder
@@ -116,8 +117,18 @@ class Backbone:
         return self.model.get_output_embeddings()(hidden)  # type: ignore[operator]
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Encoded], max_new_tokens: int, repetition_penalty: float = 1.0) -> list[str]:
-        """Greedy answers to generation prompts, one text each; prompts are left-padded into one batch."""
+    def generate(
+        self,
+        prompts: Sequence[Encoded],
+        max_new_tokens: int,
+        repetition_penalty: float = 1.0,
+        cache: Cache | None = None,
+    ) -> list[str]:
+        """Greedy answers to generation prompts, one text each; prompts are left-padded into one batch.
+
+        Args:
+            cache: an empty one, to be left with the keys and values of prompts and answers (``go_on``).
+        """
         length = max(len(p.input_ids) for p in prompts)
         pad = self.tokenizer.pad_token_id
         ids = torch.full((len(prompts), length), pad)
@@ -129,11 +140,43 @@ class Backbone:
         inputs = self.family.inputs(self.family.batch([p.vision for p in prompts]), features)
         inputs |= {"input_ids": ids, "attention_mask": mask} | self.family.text_inputs(ids)
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        if cache is not None:
+            inputs["past_key_values"] = cache
         out = self.model.generate(  # type: ignore[operator]
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=repetition_penalty,
             temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=self.stops,
         )  # fmt: skip
         return [t.strip() for t in self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
+
+    def go_on(
+        self, prompts: Sequence[Encoded], answered: Sequence[Encoded], cache: Cache, context: AttentionContext
+    ) -> None:
+        """Read what follows prompts whose keys and values are cached.
+
+        Args:
+            prompts: as they were given to ``generate``. answered: the same, with the words to read after them.
+            cache: as ``generate`` left it; what it holds beyond the prompts is dropped, the words' keys come instead.
+            context: of the pass; its rows count from the first word.
+        """
+        starts = [len(p.input_ids) for p in prompts]
+        length, width = max(starts), max(len(a.input_ids) - s for a, s in zip(answered, starts, strict=True))
+        ids = torch.full((len(prompts), width), self.tokenizer.pad_token_id)
+        mask = torch.ones(len(prompts), length + width, dtype=torch.long)
+        # Words are right-padded: no word looks at what comes after it.
+        positions = torch.tensor(starts)[:, None] + torch.arange(width)
+        if answered[0].position_ids is not None and answered[0].position_ids.ndim == 2:
+            positions = positions.expand(3, -1, -1).clone()
+        for row, (item, start) in enumerate(zip(answered, starts, strict=True)):
+            words = item.input_ids[start:]
+            ids[row, : len(words)] = words
+            mask[row, : length - start] = 0
+            if item.position_ids is not None:
+                positions[..., row, : len(words)] = item.position_ids[..., start:]
+        cache.crop(length - cache.get_seq_length())
+        self.model.model(  # type: ignore[operator]
+            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), position_ids=positions.to(self.device),
+            past_key_values=cache, use_cache=True, laavit=context,
+        )  # fmt: skip
 
     def weights_digest(self) -> str:
         """SHA-256 of the weights, independent of the file they came from."""

@@ -12,6 +12,7 @@ from laavit.backbones.base import Backbone
 from laavit.backbones.chat import PromptSettings, SequenceBuilder
 from laavit.registry import UserError
 from laavit.structures import Encoded, Sample, Trace
+from laavit.teachers.answering import answer_and_record
 from laavit.teachers.blind import BlindReader
 from laavit.teachers.recording import record, recording, state_layer
 from laavit.teachers.settings import ExtractSettings
@@ -74,6 +75,9 @@ class HFExtractor:
     @torch.no_grad()
     def __call__(self, prepared: Sequence[Prepared]) -> list[Trace]:
         """Traces of one batch; the vision tower runs once for the answer and the recording, where the family can."""
+        if self.settings.answer == "teacher" and self.settings.passes == 1:
+            prompts, builder = [item.prompt for item in prepared], self.preparer.builder
+            return answer_and_record(self.backbone, builder, prompts, self.settings, self.tagger, self._blind(prepared))
         answered, answers = self.answered(prepared)
         return record(self.backbone, answered, answers, self.settings, self.tagger, self._blind(prepared))
 

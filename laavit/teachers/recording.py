@@ -1,6 +1,7 @@
-"""From a teacher to traces (LaViT, Sec. 4.1): a greedy answer, then one pass that records gaze and semantics.
+"""From a teacher to traces (LaViT, Sec. 4.1): an answer, and a pass that records gaze and semantics.
 
-The second pass records the chosen rows alone (O(R * S), never S x S) and takes a layer's states at the image tokens.
+The pass records the chosen rows alone (O(R * S), never S x S) and takes a layer's states at the image tokens. It is a
+pass over prompt and answer here; ``laavit.teachers.answering`` records the same while the answer is generated.
 In a causal decoder with the image before the question those states cannot depend on the question; gaze-weighted
 pooling, or the prompt order 'question_first', makes the semantics contextual. All of it is a setting.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +20,50 @@ from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone, collate
 from laavit.backbones.rows import image_rows, positions, row_positions
 from laavit.registry import UserError
-from laavit.structures import Encoded, Role, Step, Trace
+from laavit.structures import Batch, Encoded, Role, Step, Trace
 from laavit.teachers.settings import ExtractSettings
 from laavit.teachers.steps import Steps, split_answer, step_maps, token_offsets
 from laavit.traces.gaze import normalise, to_distribution
 from laavit.traces.semantics import select
 from laavit.traces.tagger import Tagger
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which rows of answered samples are recorded.
+
+    Args:
+        batch: the samples with their answers, right-padded. answers: as text.
+        index: long [B, R], positions of the rows: of the kinds in ``extract.rows``, then of the steps' tokens; -1 pads.
+        kinds: how many of the R are of the kinds. steps: of each sample; empty without steps.
+    """
+
+    encoded: Sequence[Encoded]
+    answers: Sequence[str]
+    batch: Batch
+    index: Tensor
+    kinds: int
+    steps: list[Steps]
+
+
+def asked(
+    backbone: Backbone,
+    encoded: Sequence[Encoded],
+    answers: Sequence[str],
+    settings: ExtractSettings,
+    tagger: Tagger | None = None,
+) -> Asked:
+    """Rows to record of samples with their answers (``SequenceBuilder.with_answer``), and the same answers as text."""
+    batch = collate(encoded, backbone.family, backbone.tokenizer.pad_token_id).to(backbone.device)
+    index = torch.cat([row_positions(batch, kind) for kind in settings.rows], 1)
+    kinds = index.shape[1]
+    steps: list[Steps] = []
+    if settings.steps != "none":
+        frame = backbone.family.answer_frame[0]
+        offsets = [token_offsets(backbone.tokenizer, answer, frame) for answer in answers]
+        steps = [split_answer(a, o, settings.steps, tagger) for a, o in zip(answers, offsets, strict=True)]
+        index = torch.cat([index, answer_rows(encoded, steps, settings.step_rows).to(index)], 1)
+    return Asked(encoded, answers, batch, index, kinds, steps)
 
 
 @torch.no_grad()
@@ -44,25 +84,39 @@ def record(
     Raises:
         UserError: a trace is not finite, or none of a sample's recorded rows sees its image.
     """
-    batch = collate(encoded, backbone.family, backbone.tokenizer.pad_token_id).to(backbone.device)
-    index = torch.cat([row_positions(batch, kind) for kind in settings.rows], 1)
-    count = index.shape[1]
-    steps: list[Steps] = []
-    if settings.steps != "none":
-        frame = backbone.family.answer_frame[0]
-        offsets = [token_offsets(backbone.tokenizer, answer, frame) for answer in answers]
-        steps = [split_answer(a, o, settings.steps, tagger) for a, o in zip(answers, offsets, strict=True)]
-        index = torch.cat([index, answer_rows(encoded, steps, settings.step_rows).to(index)], 1)
-    context = recording(backbone, settings, index)
+    found = asked(backbone, encoded, answers, settings, tagger)
+    context = recording(backbone, settings, found.index)
     with layer_states(backbone, settings.semantics_layer) as kept:
-        hidden = backbone.forward(batch, context)
-    states = _image_states(kept[0] if kept else hidden, batch.roles)  # [B, N, D]
-    rows, valid = image_rows(context.mean_rows(), batch.roles)  # [B, R, N], [B, N]
+        hidden = backbone.forward(found.batch, context)
+    rows, valid = image_rows(context.mean_rows(), found.batch.roles)  # [B, R, N], [B, N]
+    states = image_states(kept[0] if kept else hidden, found.batch.roles)  # [B, N, D]
+    return traces_of(found, rows, valid, states, settings, hidden.dtype, blind)
+
+
+def traces_of(
+    found: Asked,
+    rows: Tensor,
+    valid: Tensor,
+    states: Tensor,
+    settings: ExtractSettings,
+    dtype: torch.dtype,
+    blind: Sequence[str] | None = None,
+) -> list[Trace]:
+    """What was recorded as traces.
+
+    Args:
+        rows: [B, R, N], attention of the rows in ``found.index``, a mean over layers and heads. valid: bool [B, N].
+        states: [B, N, D], on the CPU. dtype: the teacher's.
+
+    Raises:
+        UserError: a trace is not finite, or none of a sample's recorded rows sees its image.
+    """
+    count, steps = found.kinds, found.steps
     if settings.normalisation == "rows":
         rows, raw = rows / rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny), rows
     else:
         raw = rows
-    real = (index[:, :count] >= 0).to(rows.dtype)
+    real = (found.index[:, :count] >= 0).to(rows.dtype)
 
     def mean(rows: Tensor) -> Tensor:
         """S_j of Eq. 2: [B, N]."""
@@ -72,10 +126,10 @@ def record(
     maps = step_maps(rows[:, count:], steps).cpu() if steps else None
     valid = valid.cpu()
     traces = []
-    for i, item in enumerate(encoded):
+    for i, item in enumerate(found.encoded):
         own = valid[i]
         gaze = scores[i][own]
-        _check(item, gaze, states[i][own], real[i], hidden.dtype)
+        _check(item, gaze, states[i][own], real[i], dtype)
         semantics, tokens = select(states[i][own], gaze, settings.semantics, settings.top_k)
         trajectory: tuple[Step, ...] = ()
         if maps is not None:
@@ -84,7 +138,7 @@ def record(
         traces.append(
             Trace(
                 sample_id=item.sample.id,
-                answer=answers[i],
+                answer=found.answers[i],
                 tiles=tuple(span.tile for span in item.spans),
                 gaze=_scaled(gaze, settings),
                 semantics=semantics,
@@ -136,7 +190,7 @@ def state_layer(backbone: Backbone, layer: int) -> int | None:
 
 @contextmanager
 def layer_states(backbone: Backbone, layer: int) -> Iterator[list[Tensor]]:
-    """Keeps the output of one decoder layer while it is open: a list that receives [B, S, D].
+    """Keeps what one decoder layer gives in the first pass while it is open: a list that receives [B, S, D].
 
     Nothing is kept for the last layer: its states are the model's own output, after the final norm.
     """
@@ -147,7 +201,8 @@ def layer_states(backbone: Backbone, layer: int) -> Iterator[list[Tensor]]:
         return
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
+        if not kept:
+            kept.append(output[0] if isinstance(output, tuple) else output)
 
     layers: Any = backbone.family.decoder(backbone.model).layers
     handle = layers[number].register_forward_hook(keep)
@@ -157,7 +212,7 @@ def layer_states(backbone: Backbone, layer: int) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _image_states(states: Tensor, roles: Tensor) -> Tensor:
+def image_states(states: Tensor, roles: Tensor) -> Tensor:
     """The states of the image tokens [B, N, D], at least float32, on the CPU."""
     index = positions(roles == Role.IMAGE).clamp(min=0).to(states.device)
     picked = states.gather(1, index[:, :, None].expand(-1, -1, states.shape[-1]))

@@ -44,7 +44,10 @@ class ExtractSettings:
         tagger: finds the words' groups: 'spacy:PATH_OR_NAME' or 'textblob'; None leaves the steps without a group.
         blind: who answers without the image: None nobody, 'teacher' the teacher itself, else the folder or hub name of
             a text-only causal language model.
-        answer: whose words are read in the second pass: the 'teacher' answers greedily, or the 'gold' answer is given.
+        answer: whose words are read: the 'teacher' answers greedily, or the 'gold' answer is given.
+        passes: how often a prompt is read for the teacher's answer: 1, its rows and states are recorded while it is
+            answered, and the answer's words are read on the prompt's cached keys; or 2, answer and prompt are read
+            together once more. Both record the same, up to rounding. A gold answer is always read in one pass.
         prompt_order: 'image_first' or 'question_first'.
         system: the teacher's system prompt; an empty one leaves it to the chat template.
         max_new_tokens: the longest answer. repetition_penalty: of the greedy answer (the authors' code: 1.05).
@@ -66,6 +69,7 @@ class ExtractSettings:
     tagger: str | None = None
     blind: str | None = None
     answer: str = "teacher"
+    passes: int = 1
     prompt_order: str = "image_first"
     system: str = ""
     max_new_tokens: int = 64
@@ -90,6 +94,8 @@ class ExtractSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"extract.{name}: at least 1, got {value}")
+        if self.passes not in (1, 2):
+            raise UserError(f"extract.passes: got {self.passes}; allowed: 1, 2")
         if self.workers < 0:
             raise UserError(f"extract.workers: at least 0, got {self.workers}")
         if self.repetition_penalty <= 0:

@@ -31,7 +31,7 @@ from laavit.traces.semantics import select
 logger = logging.getLogger(__name__)
 
 #: settings of a teacher that reads and answers; a static encoder has no use for them
-WORDS = ("rows", "answer", "prompt_order", "system", "max_new_tokens", "repetition_penalty")
+WORDS = ("rows", "answer", "passes", "prompt_order", "system", "max_new_tokens", "repetition_penalty")
 
 
 class Tower(ABC):
@@ -134,7 +134,8 @@ class StaticExtractor:
     their CLS tokens: each looks at its own image alone. The semantics are the patches' states.
 
     A static encoder does not answer: a trace carries the gold answer, and the correctness filter says nothing of it.
-    ``rows``, ``answer``, ``prompt_order``, ``system``, ``max_new_tokens`` and ``repetition_penalty`` do not apply.
+    ``rows``, ``answer``, ``passes``, ``prompt_order``, ``system``, ``max_new_tokens`` and ``repetition_penalty`` do not
+    apply.
 
     Raises:
         UserError: the settings ask for what needs words (steps, a blind answer), or for a layer or a head that is not

@@ -10,5 +10,5 @@ targets = dict(
     trajectory=dict(name="trajectory", weight=1.0, top_k=8, layers=(-2, -1)),
 )
 filters = dict(correctness="correctness", alignment="alignment")
-extract = dict(rows=("header", "answer"), layers=(-2, -1), max_new_tokens=4, batch_size=96, shard_size=1152)
+extract = dict(rows=("header", "answer"), layers=(-2, -1), max_new_tokens=4, batch_size=96, shard_size=1152, passes=2)
 traces = dict(path="runs/demo/traces")

@@ -34,6 +34,7 @@ from laavit.teachers import ExtractSettings
         ({"gaze_top_k": 0}, r"extract\.gaze_top_k: at least 1"),
         ({"batch_size": 0}, r"extract\.batch_size: at least 1"),
         ({"workers": -1}, r"extract\.workers: at least 0"),
+        ({"passes": 3}, r"extract\.passes: got 3; allowed: 1, 2"),
         ({"repetition_penalty": 0.0}, r"extract\.repetition_penalty: above 0"),
         ({"prompt_order": "question_first", "rows": ("question",)}, "a question before the image cannot look at it"),
         ({"prompt_order": "image_last"}, "allowed: image_first, question_first"),
