@@ -17,14 +17,19 @@ from laavit.traces.store import TraceStore
 logger = logging.getLogger(__name__)
 
 
+def check_data(store: TraceStore, recipe: Recipe) -> None:
+    """Refuse traces of other annotations than the recipe's."""
+    card = data_card(recipe)
+    if "annotations_sha256" in card:
+        store.check({"data": {"annotations_sha256": card["annotations_sha256"]}})
+
+
 def open_store(settings: TraceSettings, recipe: Recipe) -> TraceStore | None:
     """The recipe's trace store, checked against the recipe; None where none is named."""
     if settings.path is None:
         return None
     store = TraceStore(local_store(settings.path))
-    card = data_card(recipe)
-    if "annotations_sha256" in card:
-        store.check({"data": {"annotations_sha256": card["annotations_sha256"]}})
+    check_data(store, recipe)
     if recipe.has("teacher"):
         store.check({"teacher": recipe.arguments("teacher").get("path")})
     return store
@@ -55,6 +60,8 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
         cache = VisionCache(Path(traces.vision_cache), student.backbone)
     builder = student.builder(recipe.build("prompt"))
     dataset = AlignedDataset(samples, builder, model.named_targets, store, cache, traces.keep)
+    for own in {id(each): each for each in dataset.stores.values() if each is not store}.values():
+        check_data(own, recipe)
     card = {
         "data": data_card(recipe),
         "samples": len(samples),

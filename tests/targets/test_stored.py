@@ -11,7 +11,7 @@ import torch
 from families import tiny
 
 from laavit.cli import run
-from laavit.traces.store import TraceStore
+from laavit.traces.store import TraceStore, TraceWriter
 
 
 def trained(recipe: Path, flags: Sequence[str]) -> list[dict[str, float]]:
@@ -56,7 +56,7 @@ def test_boxes_and_regions_need_no_traces(own_project: Path) -> None:
     assert len(found) and torch.isfinite(found).all() and (found > 0).all()
 
 
-def test_semantics_from_a_store_beside_the_run_s(own_project: Path) -> None:
+def test_semantics_from_a_store_beside_the_run_s(own_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Gaze of one extraction, semantics of another, each checked against its own header; both are noted down."""
     other = own_project.parent / "rows"
     assert run("extract", [str(own_project), "--traces.path", str(other), "--extract.semantics", "top_k_rows"]) == 0
@@ -64,8 +64,15 @@ def test_semantics_from_a_store_beside_the_run_s(own_project: Path) -> None:
     found = losses(trained(own_project, flags), "concept", "trajectory")
     assert len(found) and torch.isfinite(found).all() and (found > 0).all()
     card = json.loads((own_project.parent / "run" / "environment.json").read_text(encoding="utf-8"))
-    noted = json.dumps(card)
-    assert TraceStore(other).digest() in noted and TraceStore(own_project.parent / "traces").digest() in noted
+    noted, store = json.dumps(card), TraceStore(other)
+    assert store.digest() in noted and TraceStore(own_project.parent / "traces").digest() in noted
+
+    stale = own_project.parent / "stale"
+    with TraceWriter(stale, {**store.header, "data": {"annotations_sha256": "0" * 64}}) as writer:
+        writer.extend(store)
+    words = [str(own_project), *flags, "--targets.concept.store", str(stale), "--work-dir", str(stale / "run")]
+    assert run("train", words) == 2
+    assert "stale' does not fit the recipe: 'data.annotations_sha256' is '000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["internvl", "smolvlm"])
