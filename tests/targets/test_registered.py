@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +89,8 @@ def test_a_registered_target_is_alive(lab: Any, students: dict[int, Any], sample
         assert rows is not None
         moved = rows[batch.input_ids[batch.roles == Role.LATENT].unique()].abs().sum(-1) > 0
         assert moved.all() if name != "trajectory_question" else not moved.any()
+
+
+def test_the_guide_names_every_target() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "targets.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(\w+)`", text)) >= set(cards("targets"))
