@@ -116,6 +116,13 @@ def test_no_look_where_no_target_asks(lab: Any, boxed: list[Sample]) -> None:
     assert not lab.model({"region": RegionTarget()}).student.model.model.language_model._forward_pre_hooks
 
 
+def test_a_cell_that_a_box_covers_by_less_than_half_is_outside(lab: Any, boxed: list[Sample]) -> None:
+    (item,) = lab.encode(lab.model({}), [replace(boxed[0], boxes=(Box(0.0, 0.0, 0.4, 0.5),))])
+    target = RegionTarget()
+    target.setup(32, 3, 4, {})
+    assert set(target.prepare(item, None)["share"].nonzero()[:, 0].tolist()) == {0}  # cell 1 is covered by a fifth
+
+
 def test_random_patches_are_as_many(lab: Any, boxed: list[Sample]) -> None:
     (item,) = lab.encode(lab.model({}), boxed[:1])
     shares = []
