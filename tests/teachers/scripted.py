@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -136,12 +137,20 @@ def start(root: Path, out: Path, share: Share, workers: int) -> int:
     return child
 
 
-def killed(folder: Path, mode: str, dice: random.Random, workers: int) -> int:
-    """Kill a mode's processes at random moments until all of them end by themselves; returns the number of kills."""
+def killed(folder: Path, mode: str, dice: random.Random, workers: int, least: int = 3) -> int:
+    """Kill a mode's processes at random moments until all of them end by themselves; returns the number of kills.
+
+    The moments are drawn from what an undisturbed run takes on this machine just now; a store that was finished before
+    ``least`` kills is begun again.
+    """
+    begin = time.monotonic()
+    for child in [start(folder / "images", folder / f"{mode}-timed", share, workers) for share in SHARES[mode]]:
+        os.waitpid(child, 0)
+    seconds = time.monotonic() - begin
     kills, ended = 0, False
     while not ended:
         children = [start(folder / "images", folder / mode, share, workers) for share in SHARES[mode]]
-        time.sleep(dice.uniform(0.03, 0.25 + 0.3 * bool(workers)) * (1 + kills / 10))
+        time.sleep(dice.uniform(0.1, 0.7) * seconds * (1 + kills / 10))
         for child in children if dice.random() < 0.7 else children[:1]:  # the whole machine, or one process of it
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 os.kill(child, signal.SIGKILL)
@@ -150,6 +159,9 @@ def killed(folder: Path, mode: str, dice: random.Random, workers: int) -> int:
         if any(code not in (0, -signal.SIGKILL) for code in codes):
             sys.exit(f"a process of '{mode}' ended with {codes}")
         ended = not any(codes)
+        if ended and kills < least:
+            shutil.rmtree(folder / mode)
+            ended = False
     return kills
 
 
