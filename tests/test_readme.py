@@ -128,7 +128,7 @@ def stand_in(words: list[str]) -> list[str]:
     return words
 
 
-BENCH = {"attention.py": "--tokens 64 --repeats 1", "extract.py": "--quick"}
+BENCH = {"attention.py": "--tokens 64 --repeats 1", "extract.py": "--quick", "reader.py": "--records 300"}
 
 
 @pytest.mark.parametrize("document", documents())
