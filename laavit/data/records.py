@@ -113,7 +113,7 @@ class RecordReader(Sequence[Sample]):
         Raises:
             BadRecord: it is not as the format says.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define parse(item, place)")
 
     def raw(self) -> Iterator[tuple[str, Any]]:
         """Every value of the source with its place, in order."""

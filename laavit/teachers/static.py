@@ -94,15 +94,15 @@ class StaticEncoder:
     """A frozen vision transformer as a teacher.
 
     Args:
-        path: the model's name in its library. library: 'timm' or 'open_clip'. tower: the model.
+        path: the model's name in its package. package: 'timm' or 'open_clip'. tower: the model.
         preparer: how it reads images.
         dtype: of the weights. device: 'auto' takes a GPU where there is one.
     """
 
     def __init__(
-        self, path: str, library: str, tower: Tower, preparer: PicturePreparer, dtype: str, device: str
+        self, path: str, package: str, tower: Tower, preparer: PicturePreparer, dtype: str, device: str
     ) -> None:
-        self.path, self.library, self.tower, self.preparer = path, library, tower, preparer
+        self.path, self.package, self.tower, self.preparer = path, package, tower, preparer
         self.device = torch.device(("cuda" if cuda.is_available() else "cpu") if device == "auto" else device)
         self.dtype = dtype_of(dtype)
         tower.model.to(self.device, self.dtype)
@@ -111,7 +111,7 @@ class StaticEncoder:
         """What a store's header says; ``static`` is the query whose attention the gaze is."""
         return {
             "teacher": self.path,
-            "library": self.library,
+            "library": self.package,
             "weights_sha256": digest_of(self.tower.model),
             "processor": type(self.preparer).__name__,
             "image_processor": json.dumps(self.preparer.card()),
