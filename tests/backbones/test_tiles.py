@@ -323,7 +323,7 @@ def _maps(backbone: Backbone, batch: Any) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize(("family", "crops"), [(name, False) for name in FAMILIES] + [("gemma3", True)])
 def test_a_closed_gate_leaves_no_way_around(opened: Callable[..., Backbone], family: str, crops: bool) -> None:
-    """Chat markup after an image carries it past a closed answer, as the question does; it is Role.OTHER, which the path
+    """Chat markup after an image carries it past a closed answer, as the question does; it is Role.OTHER, which
     question->image closes too. Newlines and tile markers count as image. Then no answer depends on any pixel."""
     backbone = opened(family, crops)
     states = {}
