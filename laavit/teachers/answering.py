@@ -43,7 +43,7 @@ def answer_and_record(
     """Greedy answers to generation prompts, and the traces that ``record`` reads off prompts with these answers.
 
     Raises:
-        UserError: a trace is not finite, or none of a sample's recorded rows sees its image.
+        SampleError: a trace is not finite, or none of a sample's recorded rows sees its image.
     """
     length = max(len(prompt.input_ids) for prompt in prompts)
     shift = torch.tensor([length - len(prompt.input_ids) for prompt in prompts])  # left padding

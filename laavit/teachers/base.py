@@ -9,8 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from laavit.registry import UserError
 from laavit.structures import Sample, Trace
 from laavit.teachers.settings import ExtractSettings
+
+
+class SampleError(UserError):
+    """What the teacher cannot read of one sample of a batch; an extraction puts the sample aside and goes on."""
+
+    def __init__(self, sample_id: str, reason: str) -> None:
+        super().__init__(reason)
+        self.sample_id = sample_id
 
 
 class Preparer(Protocol):
@@ -31,7 +40,11 @@ class Extractor(Protocol):
     preparer: Preparer
 
     def __call__(self, prepared: Sequence[Any]) -> list[Trace]:
-        """The traces of one batch, in its order."""
+        """The traces of one batch, in its order.
+
+        Raises:
+            SampleError: one of the samples has no trace; the batch is read again without it.
+        """
         ...
 
 

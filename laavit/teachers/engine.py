@@ -34,8 +34,8 @@ from rich.text import Text
 
 from laavit import __version__
 from laavit.registry import UserError
-from laavit.structures import Sample
-from laavit.teachers.base import Extractor, Teacher
+from laavit.structures import Sample, Trace
+from laavit.teachers.base import Extractor, SampleError, Teacher
 from laavit.teachers.loading import Prepared, by_pixels, prepared
 from laavit.teachers.plan import Plan, Share
 from laavit.teachers.settings import ExtractSettings
@@ -224,12 +224,25 @@ class ShardWorker:
             yield rows, quarantined
 
     def _record(self, items: Sequence[Prepared]) -> tuple[list[Row], dict[str, str]]:
+        aside = {item.sample_id: item.reason for item in items if item.reason is not None}
         good = [item for item in items if item.reason is None]
-        traces = self.extractor([item.value for item in good]) if good else []
+        traces: list[Trace] | None = None if good else []
+        while traces is None:
+            try:
+                traces = self.extractor([item.value for item in good])
+            except SampleError as error:
+                aside[error.sample_id] = str(error)
+                good = [item for item in good if item.sample_id != error.sample_id]
+                traces = None if good else []
         if [trace.sample_id for trace in traces] != [item.sample_id for item in good]:
             raise ValueError(f"{type(self.extractor).__name__} gave traces of other samples than it was asked for")
-        rows = [encode(trace, self.top_k, self.dtype) for trace in traces]
-        return rows, {item.sample_id: item.reason for item in items if item.reason is not None}
+        rows = []
+        for trace in traces:
+            try:
+                rows.append(encode(trace, self.top_k, self.dtype))
+            except UserError as error:  # its figures do not fit the store's types
+                aside[trace.sample_id] = str(error)
+        return rows, aside
 
     def _check(self, index: int, rows: Mapping[str, Row], aside: Mapping[str, str]) -> None:
         """A whole shard put aside before any trace was made is no matter of single samples."""

@@ -21,6 +21,7 @@ from laavit.backbones.base import Backbone, collate
 from laavit.backbones.rows import image_rows, positions, row_positions
 from laavit.registry import UserError
 from laavit.structures import Batch, Encoded, Role, Step, Trace
+from laavit.teachers.base import SampleError
 from laavit.teachers.settings import ExtractSettings
 from laavit.teachers.steps import Steps, split_answer, step_maps, token_offsets
 from laavit.traces.gaze import normalise, to_distribution
@@ -82,7 +83,7 @@ def record(
         tagger: names the groups of the steps. blind: what was answered without the image.
 
     Raises:
-        UserError: a trace is not finite, or none of a sample's recorded rows sees its image.
+        SampleError: a trace is not finite, or none of a sample's recorded rows sees its image.
     """
     found = asked(backbone, encoded, answers, settings, tagger)
     context = recording(backbone, settings, found.index)
@@ -109,7 +110,7 @@ def traces_of(
         states: [B, N, D], on the CPU. dtype: the teacher's.
 
     Raises:
-        UserError: a trace is not finite, or none of a sample's recorded rows sees its image.
+        SampleError: a trace is not finite, or none of a sample's recorded rows sees its image.
     """
     count, steps = found.kinds, found.steps
     if settings.normalisation == "rows":
@@ -229,16 +230,19 @@ def _scaled(scores: Tensor, settings: ExtractSettings) -> Tensor:
 
 
 def _check(item: Encoded, gaze: Tensor, states: Tensor, real: Tensor, dtype: torch.dtype) -> None:
-    name = f"sample '{item.sample.id}'"
+    key = item.sample.id
+    name = f"sample '{key}'"
     if not bool(real.any()):
-        raise UserError(f"{name} has no position of the kinds in extract.rows")
+        raise SampleError(key, f"{name} has no position of the kinds in extract.rows")
     if not bool(torch.isfinite(gaze).all() and torch.isfinite(states).all()):
-        raise UserError(
+        raise SampleError(
+            key,
             f"the trace of {name} is not finite: the teacher's weights are damaged, "
-            f"or its numbers overflow in {dtype} (teacher.dtype)"
+            f"or its numbers overflow in {dtype} (teacher.dtype)",
         )
     if not bool(gaze.any()):
-        raise UserError(
+        raise SampleError(
+            key,
             f"no recorded row of {name} sees its image: extract.rows names only words before the image, "
-            "or extract.layers only layers whose window ends before it"
+            "or extract.layers only layers whose window ends before it",
         )

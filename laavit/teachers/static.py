@@ -22,6 +22,7 @@ from laavit.backbones.base import digest_of, dtype_of
 from laavit.recipe import zoo_path
 from laavit.registry import UserError
 from laavit.structures import Tile, Trace
+from laavit.teachers.base import SampleError
 from laavit.teachers.pictures import PicturePreparer, Pictures
 from laavit.teachers.probe import RowProbe
 from laavit.teachers.settings import ExtractSettings
@@ -219,9 +220,10 @@ class StaticExtractor:
         gaze = torch.cat(rows) / len(rows)  # S_j of Eq. 2: a CLS token's row is zero on the other images
         states = torch.cat([states for _, states in seen])
         if not bool(torch.isfinite(gaze).all() and torch.isfinite(states).all()):
-            raise UserError(
+            raise SampleError(
+                item.sample.id,
                 f"the trace of sample '{item.sample.id}' is not finite: the encoder's weights are damaged, "
-                f"or its numbers overflow in {self.teacher.dtype} (teacher.dtype)"
+                f"or its numbers overflow in {self.teacher.dtype} (teacher.dtype)",
             )
         semantics, tokens = select(states, gaze, self.settings.semantics, self.settings.top_k)
         return Trace(

@@ -22,8 +22,9 @@ import torch
 
 from laavit.images import image_size
 from laavit.registry import UserError
-from laavit.structures import Sample
+from laavit.structures import Sample, Trace
 from laavit.teachers import ExtractSettings, HFTeacher, extract, loading
+from laavit.teachers.base import SampleError
 from laavit.teachers.engine import sample_ids, store_header
 from laavit.teachers.plan import Plan, Share
 from laavit.traces import shards
@@ -212,6 +213,30 @@ def test_when_nothing_can_be_read_the_run_stops(root: Path, whole: Path, tmp_pat
     samples.bad = (1,)  # not the first: the others are there, so it is the samples' own matter
     go(samples, tmp_path / "store")
     assert len(TraceStore(tmp_path / "store").quarantined) == len(ASIDE) - 2 + 10
+
+
+class Refusing(Extractor):
+    """Two samples of one batch have no trace, and one has figures that float16 does not hold."""
+
+    def __call__(self, prepared: Sequence[tuple[str, int]]) -> list[Trace]:
+        for key, _ in prepared:
+            if key in ("s0", "s2"):
+                raise SampleError(key, f"no recorded row of sample '{key}' sees its image")
+        found = super().__call__(prepared)
+        return [replace(t, semantics=t.semantics * 1e6) if t.sample_id == "s20" else t for t in found]
+
+
+def test_a_sample_without_a_trace_is_put_aside_and_its_batch_is_read_without_it(root: Path, tmp_path: Path) -> None:
+    reader = go(Samples(root), tmp_path / "one", Refusing(), semantics_dtype="float16")
+    store = TraceStore(tmp_path / "one")
+    refused = {"s0", "s2", "s20"}
+    assert store.quarantined.keys() == ASIDE | refused and len(store) == scripted.COUNT - len(ASIDE | refused)
+    assert "no recorded row of sample 's2'" in store.quarantined["s2"]
+    assert "not finite as float16" in store.quarantined["s20"]
+    assert not any({"s0", "s2"} & set(batch) for batch in reader.seen)
+    for part in (2, 0, 1):
+        go(Samples(root), tmp_path / "parts", Refusing(), semantics_dtype="float16", share=Share(part, 3))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 5, 9])
