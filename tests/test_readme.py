@@ -89,7 +89,7 @@ def of_traces(words: list[str]) -> list[str]:
         words = [*words, "--print-config"]
     if "--recipe" in words:
         return [*words, *DATA]
-    return [*words, *EXTRACTION] if "viscot.py" in words else words
+    return [*words, *EXTRACTION] if any(word.endswith(".py") for word in words) else words
 
 
 def stand_in(words: list[str]) -> list[str]:
