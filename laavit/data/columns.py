@@ -23,6 +23,7 @@ from laavit.data.parsing import (
     BadRecord,
     Record,
     check_path,
+    keyed,
     kind_of,
     read_corners,
     read_key,
@@ -167,7 +168,7 @@ class Columns(RecordReader):
             raise BadRecord(f"format: it is {kind_of(item)}; allowed: an object of columns")
         columns = self.columns
         key = read_key(item, columns["id"]) if "id" in columns else str(place)
-        try:
+        with keyed(key):
             boxes = item.get(columns["boxes"]) if "boxes" in columns else None
             boxes = boxes if boxes is not None else []
             if not isinstance(boxes, list):
@@ -189,9 +190,6 @@ class Columns(RecordReader):
                     split=self._text(item, "split") if "split" in columns else item[""],
                 )
             ]
-        except BadRecord as bad:
-            bad.key = key
-            raise
 
     def _text(self, item: Mapping[str, Any], field: str) -> str:
         value = item.get(self.columns[field])

@@ -15,6 +15,7 @@ from laavit.data.parsing import (
     BadRecord,
     Record,
     check_path,
+    keyed,
     kind_of,
     read_corners,
     read_key,
@@ -59,11 +60,8 @@ class Lavit15k(RecordReader):
             raise BadRecord(f"format: it is {kind_of(item)}; allowed: an object with 'question' and its answer")
         given = item.get("question_id") is not None or item.get("id") is not None
         key = read_key(item, "question_id", "id") if given else str(place)
-        try:
+        with keyed(key):
             return [_record(key, item)]
-        except BadRecord as bad:
-            bad.key = key
-            raise
 
 
 def _record(key: str, item: dict[str, Any]) -> Record:

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from laavit.data.parsing import SHARES, BadRecord, Record, check_path, kind_of, read_corners, read_key, read_text, shown
+from laavit.data.parsing import (
+    SHARES,
+    BadRecord,
+    Record,
+    check_path,
+    keyed,
+    kind_of,
+    read_corners,
+    read_key,
+    read_text,
+    shown,
+)
 from laavit.data.records import RecordReader
 from laavit.registry import DATASETS
 
@@ -41,7 +52,7 @@ class Llava(RecordReader):
         if not isinstance(item, dict):
             raise BadRecord(f"format: it is {kind_of(item)}; allowed: an object with 'image' and 'conversations'")
         key = read_key(item, "id")
-        try:
+        with keyed(key):
             images = _images(item)
             listed = item.get("bboxes") or []
             if not isinstance(listed, list) or (listed and len(images) > 1):
@@ -52,9 +63,6 @@ class Llava(RecordReader):
                 raise BadRecord(f"conversations: they are {kind_of(turns)}; allowed: a list of turns")
             source = read_text(item, "dataset") or read_text(item, "source")
             split = read_text(item, "split", "train")
-        except BadRecord as bad:
-            bad.key = key
-            raise
         source = source or (images[0].split("/")[0] if "/" in images[0] else "")
         meta = {name: value for name, value in item.items() if name not in _FORMAT_KEYS}
         turns = turns[1:] if turns and _speaker(turns[0]) in _SYSTEM else turns

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from laavit.structures import Box
@@ -34,6 +35,16 @@ class BadRecord(ValueError):
     def __init__(self, reason: str, key: str = "") -> None:
         super().__init__(reason)
         self.reason, self.key = reason, key
+
+
+@contextmanager
+def keyed(key: str) -> Iterator[None]:
+    """What is refused while it is open is said of the record with this id."""
+    try:
+        yield
+    except BadRecord as bad:
+        bad.key = key
+        raise
 
 
 class Record(NamedTuple):

@@ -24,6 +24,7 @@ from laavit.data.parsing import (
     Corners,
     Record,
     check_path,
+    keyed,
     kind_of,
     read_corners,
     read_key,
@@ -69,11 +70,8 @@ class VisualCoT(RecordReader):
         if not isinstance(item, dict):
             raise BadRecord(f"format: it is {kind_of(item)}; allowed: an object with 'image' and 'conversations'")
         key = read_key(item, "question_id", "id")
-        try:
+        with keyed(key):
             return [_record(key, item)]
-        except BadRecord as bad:
-            bad.key = key
-            raise
 
 
 def _record(key: str, item: dict[str, Any]) -> Record:
