@@ -1,11 +1,13 @@
-"""K latent tokens between the question and the answer (LaViT, Sec. 4): learned tokens in the assistant's turn.
+"""K latent tokens between the question and the answer (LaViT, Sec. 4), in the assistant's turn.
 
-This module names the tokens and gives a model their embedding rows; where they stand in a sequence is
-``laavit/backbones/chat.py``'s business.
+This module names the tokens, says how many there are and what fills them, and gives a model their embedding rows; where
+they stand in a sequence is ``laavit/backbones/chat.py``'s business.
 """
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,29 +24,79 @@ def latent_tokens(count: int) -> list[str]:
     return [LATENT_TOKENS.format(i) for i in range(1, count + 1)] + [SEPARATOR] if count else []
 
 
-@LATENTS.register_module()
-class LearnedLatents:
-    """K learned tokens, followed by a separator, written by the chat template: a prefill, no extra decoding step.
+@dataclass(frozen=True)
+class LatentLayout:
+    """How many latents stand in a sequence, who writes them, and what the decoder reads there.
 
     Args:
-        count: K (paper: 4).
+        most: K, or the most where the number varies; 0 is no latents and no separator.
+        least: the fewest; None is ``most``.
+        emitted: the model writes latents and separator itself, after the prompt and with a loss on them; otherwise the
+            prompt ends with them.
+        feedback: the decoder reads the state of the position before in place of a latent token's embedding.
+        scale: of a state that is fed back: 'none', or 'vocabulary' (the root mean square of the input embeddings).
+        seed: fixes the number of each sample.
+    """
+
+    most: int = 0
+    least: int | None = None
+    emitted: bool = False
+    feedback: bool = False
+    scale: str = "none"
+    seed: int = 0
+
+    @property
+    def varies(self) -> bool:
+        return self.least is not None and self.least < self.most
+
+    def count_of(self, sample_id: str) -> int:
+        """The number of latents of a sample, uniform between the bounds and a function of its id alone."""
+        if self.least is None or not self.varies:
+            return self.most
+        drawn = hashlib.sha256(f"{self.seed}:{sample_id}".encode()).digest()
+        return self.least + int.from_bytes(drawn[:8], "big") % (self.most - self.least + 1)
+
+
+#: a sequence without latents
+NO_LATENTS = LatentLayout()
+
+
+@LATENTS.register_module()
+class LearnedLatents:
+    """K learned tokens and a separator: written by the chat template (a prefill, no extra decoding step), or emitted.
+
+    Args:
+        count: K (paper: 4); or the fewest and the most, between which each sample has a number of its own.
         init: where the new embedding rows start: 'mean' of the vocabulary, 'random' (a normal of the vocabulary's
             own mean and spread), or the text of a token whose row is copied.
         noise: spread of a normal added to each row, in units of the vocabulary's own spread, so that K latents that
             start alike can become different.
+        emitted: the model writes the latent tokens itself, and they carry a cross-entropy loss as the answer does.
+        seed: fixes the number of latents of each sample, where it varies.
     """
 
-    def __init__(self, count: int = 4, init: str = "mean", noise: float = 0.1) -> None:
-        if count < 1:
+    def __init__(
+        self,
+        count: int | tuple[int, int] = 4,
+        init: str = "mean",
+        noise: float = 0.1,
+        emitted: bool = False,
+        seed: int = 0,
+    ) -> None:
+        least, most = (count, count) if isinstance(count, int) else count
+        if least < 1:
             raise UserError(f"latents.count is at least 1, got {count}; leave latents out (None) for a student without")
+        if most < least:
+            raise UserError(f"latents.count is (fewest, most), got {count}")
         if noise < 0:
             raise UserError(f"latents.noise is not negative, got {noise}")
-        self.count, self.init, self.noise = count, init, noise
+        self.layout = LatentLayout(most, least, emitted, seed=seed)
+        self.init, self.noise = init, noise
 
     def add_to(self, model: Any, tokenizer: Any, generator: torch.Generator) -> None:
         """Give the tokenizer the latent tokens and the embedding (and an untied head) their rows; adds none twice."""
         vocabulary = len(tokenizer)
-        new = [t for t in latent_tokens(self.count) if t not in tokenizer.get_vocab()]
+        new = [t for t in latent_tokens(self.layout.most) if t not in tokenizer.get_vocab()]
         if not new:
             return
         tokenizer.add_tokens(new, special_tokens=True)

@@ -17,6 +17,7 @@ from laavit.attention import IMPLEMENTATION, AttentionContext
 from laavit.backbones.chat import IGNORED, PromptSettings, SequenceBuilder
 from laavit.backbones.families import family_of
 from laavit.backbones.loading import check_map, dtype_of, quantization_config, read_model, read_processor
+from laavit.latents import LatentLayout
 from laavit.registry import UserError
 from laavit.structures import Batch, Encoded, Role
 
@@ -97,7 +98,7 @@ class Backbone:
         """Ids of the tokens that end an answer."""
         return sorted({self.tokenizer.eos_token_id, self.family.end_of_turn()})
 
-    def builder(self, prompt: PromptSettings, latents: int = 0) -> SequenceBuilder:
+    def builder(self, prompt: PromptSettings, latents: int | LatentLayout = 0) -> SequenceBuilder:
         return SequenceBuilder(self.processor, self.family, prompt, latents)
 
     def forward(self, batch: Batch, context: AttentionContext | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from laavit.images import open_image
-from laavit.latents import latent_tokens
+from laavit.latents import LatentLayout, latent_tokens
 from laavit.registry import SETTINGS, UserError
 from laavit.structures import Encoded, Role, Sample, Span
 
@@ -84,22 +84,23 @@ class SequenceBuilder:
         processor: the model's processor, its tokenizer already holding the latent tokens.
         family: the model family's geometry.
         prompt: how the question is put.
-        latents: K, the number of latent tokens; 0 writes neither latents nor a separator.
+        latents: how many there are and who writes them; a number K is that many, written by the prompt.
 
     Raises:
         UserError: the tokenizer does not hold the latent tokens.
     """
 
-    def __init__(self, processor: Any, family: Any, prompt: PromptSettings, latents: int = 0) -> None:
-        self.processor, self.family, self.prompt, self.latents = processor, family, prompt, latents
-        tokenizer = processor.tokenizer
-        self.latent_ids: list[int] = tokenizer.convert_tokens_to_ids(latent_tokens(latents))
-        missing = [t for t, i in zip(latent_tokens(latents), self.latent_ids) if i in (None, tokenizer.unk_token_id)]
+    def __init__(self, processor: Any, family: Any, prompt: PromptSettings, latents: int | LatentLayout = 0) -> None:
+        self.processor, self.family, self.prompt = processor, family, prompt
+        self.layout = LatentLayout(latents) if isinstance(latents, int) else latents
+        tokenizer, tokens = processor.tokenizer, latent_tokens(self.layout.most)
+        self.latent_ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
+        missing = [t for t, i in zip(tokens, self.latent_ids) if i in (None, tokenizer.unk_token_id)]
         if missing:
             raise UserError(f"the tokenizer does not hold {', '.join(missing)}: add the latents to the student first")
 
     def prompt_of(self, sample: Sample, images: Sequence[Image.Image] | None = None) -> Encoded:
-        """One sample as a generation prompt: everything up to where the answer begins, latents included.
+        """One sample as a generation prompt: everything up to what the model writes, forced latents included.
 
         Args:
             sample: image paths and question. images: already opened images, in place of the sample's paths.
@@ -111,7 +112,8 @@ class SequenceBuilder:
         pictures = list(images) if images is not None else [open_image(path) for path in sample.images]
         layout = self._layout(sample)
         chat_ids, offsets, vision, spans = self._processed(sample, layout.text, pictures)
-        input_ids = torch.cat([chat_ids, torch.tensor(self.latent_ids, dtype=torch.long)])
+        latents = self.latents_of(sample) if not self.layout.emitted else chat_ids[:0]
+        input_ids = torch.cat([chat_ids, latents])
         starts, stops = offsets.unbind(1)
         real = stops > starts  # a first token that the tokenizer adds by itself covers no text
 
@@ -129,8 +131,7 @@ class SequenceBuilder:
         roles[begin:end] = Role.QUESTION
         for span in spans:
             roles[span.positions()] = Role.IMAGE
-        roles[len(chat_ids) : len(chat_ids) + self.latents] = Role.LATENT
-        roles[len(chat_ids) + self.latents :] = Role.ANSWER
+        roles[len(chat_ids) :] = _latent_roles(len(latents))
         return Encoded(
             input_ids=input_ids,
             roles=roles,
@@ -143,23 +144,31 @@ class SequenceBuilder:
         )
 
     def with_answer(self, prompt: Encoded, answer: str) -> Encoded:
-        """A prompt continued by an answer and the end-of-turn token, all of it to be learned."""
+        """A prompt continued by an answer and the end-of-turn token, all of it to be learned, emitted latents too."""
         text = self.family.answer_frame[0] + answer
         tokenizer = self.processor.tokenizer
         words = tokenizer.encode(text, add_special_tokens=False)
         if self.family.image_token_id in words:  # words that spell an image's place are words here
             words = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        learned = torch.tensor([*words, self.family.end_of_turn()])
+        written = self.latents_of(prompt.sample) if self.layout.emitted else prompt.input_ids[:0]
+        learned = torch.cat([written, torch.tensor([*words, self.family.end_of_turn()])])
+        roles = torch.full(learned.shape, int(Role.ANSWER), dtype=torch.uint8)
+        roles[: len(written)] = _latent_roles(len(written))
         input_ids = torch.cat([prompt.input_ids, learned])
         labels = torch.full(input_ids.shape, IGNORED)
         labels[len(prompt.input_ids) - 1 : -1] = learned
         return replace(
             prompt,
             input_ids=input_ids,
-            roles=torch.cat([prompt.roles, torch.full(learned.shape, int(Role.ANSWER), dtype=torch.uint8)]),
+            roles=torch.cat([prompt.roles, roles]),
             labels=labels,
             position_ids=self.family.extend(prompt.position_ids, len(learned)),
         )
+
+    def latents_of(self, sample: Sample) -> Tensor:
+        """A sample's latent tokens and the separator, long [K + 1]; none for K = 0."""
+        count = self.layout.count_of(sample.id)
+        return torch.tensor([*self.latent_ids[:count], *self.latent_ids[-1:]], dtype=torch.long)
 
     def encode(self, sample: Sample, answer: str) -> Encoded:
         """One sample with its answer, for training: ``with_answer(prompt_of(sample), answer)``."""
@@ -192,7 +201,7 @@ class SequenceBuilder:
     def _text(self, chat: list[dict[str, Any]], open_turn: bool = False) -> str:
         """A chat as text, with the assistant's header unless the turn is left open."""
         text: str = self.processor.apply_chat_template(chat, add_generation_prompt=not open_turn, tokenize=False)
-        return text.removesuffix("".join(latent_tokens(self.latents)))  # an exported template writes them itself
+        return text.removesuffix("".join(latent_tokens(self.layout.most)))  # an exported template writes them itself
 
     def _processed(
         self, sample: Sample, text: str, pictures: Sequence[Image.Image]
@@ -219,3 +228,10 @@ class SequenceBuilder:
         except ValueError as error:
             what = " ".join(str(error).split())
             raise UserError(f"sample '{sample.id}': the processor refuses it: {what}") from None
+
+
+def _latent_roles(count: int) -> Tensor:
+    """Roles of ``count`` tokens, all latents but the last, the separator: uint8 [count]."""
+    roles = torch.full((count,), int(Role.LATENT), dtype=torch.uint8)
+    roles[-1:] = Role.ANSWER
+    return roles

@@ -6,11 +6,12 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from laavit.commands.common import Parser, checkpoint_of, run_recipe
-from laavit.latents import SEPARATOR, latent_tokens
+from laavit.latents import NO_LATENTS, SEPARATOR, latent_tokens
 from laavit.paths import EXPORT_CARD
 from laavit.registry import UserError
 
@@ -48,15 +49,18 @@ def export_run(run: Path, out: Path, checkpoint: Path | None = None) -> Path:
     read_state(source)  # refuses what is no complete checkpoint
     if out.exists() and any(out.iterdir()) and not (out / EXPORT_CARD).is_file():
         raise UserError(f"'{out}' exists and is no export of laavit; name another folder")
-    latents = int(recipe.arguments("latents").get("count", 0)) if recipe.has("latents") else 0
+    layout = recipe.build("latents").layout if recipe.has("latents") else NO_LATENTS
+    latents = layout.most
     prompt = recipe.build("prompt")
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     own = {"heads.safetensors", "optimizer.safetensors", "state.json", "random.safetensors"}
     shutil.copytree(source, temporary, ignore=lambda _, names: own & set(names))
-    _write_template(temporary, exported_template(_template(source), prompt.system, latents))
+    written = 0 if layout.emitted else latents
+    _write_template(temporary, exported_template(_template(source), prompt.system, written))
     card: dict[str, Any] = {
         "latents": latents,
+        "layout": asdict(layout),
         "separator": SEPARATOR if latents else None,
         "system": prompt.system,
         "order": prompt.order,

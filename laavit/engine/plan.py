@@ -161,7 +161,9 @@ def shape_models(recipe: Recipe) -> Shaped:
     given = recipe.arguments("student")
     latents = recipe.build("latents") if recipe.has("latents") else None
     plan = plans["student"]
-    backbone = shaped_backbone(plan, given["dtype"], given["attention"], mode, latents.count + 1 if latents else 0)
+    backbone = shaped_backbone(
+        plan, given["dtype"], given["attention"], mode, latents.layout.most + 1 if latents else 0
+    )
     student = HFStudent.of(backbone, given["path"], given["freeze"])
     student.setup(latents, torch.Generator().manual_seed(0))
     check_layers(gate, student)

@@ -13,7 +13,7 @@ from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone
 from laavit.backbones.chat import PromptSettings, SequenceBuilder
 from laavit.backbones.loading import ATTENTIONS
-from laavit.latents import SEPARATOR, latent_tokens
+from laavit.latents import NO_LATENTS, latent_tokens
 from laavit.registry import STUDENTS, UserError, nearest
 from laavit.structures import Batch
 
@@ -64,7 +64,7 @@ class HFStudent(nn.Module):
         return student
 
     def _take(self, backbone: Backbone, path: str, freeze: Sequence[str]) -> None:
-        self.path, self.freeze, self.latents = path, tuple(freeze), 0
+        self.path, self.freeze, self.layout = path, tuple(freeze), NO_LATENTS
         self.backbone, self.model = backbone, backbone.model
 
     def setup(self, latents: Any | None, generator: torch.Generator) -> None:
@@ -75,7 +75,7 @@ class HFStudent(nn.Module):
         """
         if latents is not None:
             latents.add_to(self.model, self.backbone.tokenizer, generator)
-            self.latents = latents.count
+            self.layout = latents.layout
         names = [name for name, _ in self.model.named_parameters()]
         for part in self.freeze:
             try:
@@ -98,13 +98,14 @@ class HFStudent(nn.Module):
         weight.requires_grad_(True)
         weight.register_hook(lambda gradient: gradient * keep.to(gradient.device))
 
+    @property
+    def latents(self) -> int:
+        """K, or the most latents where their number varies."""
+        return self.layout.most
+
     def builder(self, prompt: PromptSettings) -> SequenceBuilder:
-        return self.backbone.builder(prompt, self.latents)
+        return self.backbone.builder(prompt, self.layout)
 
     def forward(self, batch: Batch, context: AttentionContext | None = None) -> Tensor:
         """Hidden states [B, S, D]."""
         return self.backbone.forward(batch, context)
-
-    def describe(self) -> dict[str, Any]:
-        """What an export tells about its latents, for laavit's own evaluation; stock transformers needs none of it."""
-        return {"latents": self.latents, "separator": SEPARATOR if self.latents else None}
