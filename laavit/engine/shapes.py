@@ -7,7 +7,6 @@ so that the library's own forward pass runs unchanged; ``Meter`` counts what is 
 from __future__ import annotations
 
 import copy
-import json
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
 from laavit.backbones.base import Backbone, dtype_of
-from laavit.paths import project_data
+from laavit.backbones.configs import published, published_names
 from laavit.recipe import zoo_path
 from laavit.registry import UserError, nearest
 
@@ -44,27 +43,20 @@ class Blueprint:
     processor: Any = None
 
 
-def published_names() -> dict[str, Path]:
-    """Hub names whose published configuration is kept in ``model_zoo/configs``."""
-    files = sorted((project_data("model_zoo") / "configs").glob("*.json"))
-    return {file.stem.replace("--", "/"): file for file in files}
-
-
 def blueprint(path: str) -> Blueprint:
     """The blueprint of a hub name with a kept configuration, or of a local folder.
 
     Raises:
         UserError: it is neither, or the folder's configuration cannot be read.
     """
-    known, place = published_names(), Path(zoo_path(path))
-    if path in known:
-        data = json.loads(known[path].read_text(encoding="utf-8"))
-        config = CONFIG_MAPPING[data["config"]["model_type"]].from_dict(data["config"])
+    known, place = published(path), Path(zoo_path(path))
+    if known is not None:
+        config, data = known
         return Blueprint(config, data["source"], data["tokens"], data["max_pixels"])
     if not (place / "config.json").is_file():
         raise UserError(
             f"'{path}' is no local folder with a config.json, and its configuration is not kept here; "
-            f"{nearest(path, known)}"
+            f"{nearest(path, published_names())}"
         )
     try:
         config = AutoConfig.from_pretrained(place, local_files_only=True)
