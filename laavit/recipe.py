@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,8 +28,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from mmengine.config import Config
 
+from laavit.custom import import_custom
 from laavit.paths import project_data
-from laavit.registry import KINDS, SETTINGS, Kind, UserError, nearest
+from laavit.registry import KINDS, MISTAKES, SETTINGS, Kind, UserError, nearest, plugins
 
 #: recipe key -> folder of ``registry/``
 COMPONENTS = {"student": "students", "teacher": "teachers", "latents": "latents", "gate": "gates", "data": "data"}
@@ -40,18 +38,6 @@ MAPPINGS = {"targets": "targets", "filters": "filters"}
 SECTIONS = ("prompt", "traces", "extract", "train", "eval")
 PLAIN = {"seed": int, "title": str}
 IMPORTS = "custom_imports"
-#: what a mistake in a file of a user's own raises when it is executed
-MISTAKES = (
-    SyntaxError,
-    NameError,
-    ImportError,
-    AttributeError,
-    LookupError,
-    OSError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-)
 
 
 @dataclass(frozen=True)
@@ -68,23 +54,36 @@ class Card:
 
 @lru_cache
 def cards(kind: str) -> Mapping[str, Card]:
-    """All named parts of a kind (a folder of ``registry/``), by name.
+    """All named parts of a kind by name: laavit's folder of ``registry/``, then those of the installed plug-ins.
 
     Raises:
-        UserError: the kind does not exist, or a file of it lacks ``type`` or ``description``.
+        UserError: the kind does not exist, a file lacks ``type`` or ``description``, or a plug-in's name is taken.
     """
     if kind not in KINDS:
         raise UserError(f"no kind of component is called '{kind}'; {nearest(kind, KINDS)}")
-    found = {}
-    for path in sorted((project_data("registry") / kind).glob("*.yaml")):
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    folders = {"laavit": project_data("registry")}
+    folders |= {plugin.owner: plugin.registry for plugin in plugins() if plugin.registry is not None}
+    found: dict[str, Card] = {}
+    owners: dict[str, str] = {}
+    for owner, folder in folders.items():
+        for card in _read_cards(kind, folder / kind, owner):
+            if card.name in found:
+                raise UserError(f"{owner} brings {kind}/{card.name}, a name that {owners[card.name]} has already")
+            found[card.name], owners[card.name] = card, owner
+    return found
+
+
+def _read_cards(kind: str, folder: Path, owner: str) -> Iterator[Card]:
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            what = " ".join(str(error).split())
+            raise UserError(f"{path.name} in registry/{kind} of {owner} is no YAML: {what}") from None
         missing = [key for key in ("type", "description", "source") if key not in (data or {})]
         if missing:
-            raise UserError(f"{path.name} in registry/{kind} lacks {', '.join(missing)}")
-        found[path.stem] = Card(
-            kind, path.stem, data["type"], data.get("args", {}), data["description"], data["source"]
-        )
-    return found
+            raise UserError(f"{path.name} in registry/{kind} of {owner} lacks {', '.join(missing)}")
+        yield Card(kind, path.stem, data["type"], data.get("args", {}), data["description"], data["source"])
 
 
 def zoo_path(path: str) -> str:
@@ -186,7 +185,7 @@ class Recipe:
         """Unpickled in another process, a recipe brings its ``custom_imports`` along."""
         self.__dict__.update(state)
         if IMPORTS in self.config:
-            _import_all(self.config[IMPORTS], Path())
+            import_custom(self.config[IMPORTS], Path())
 
     @staticmethod
     def _component(key: str, kind: str, spec: object) -> dict[str, Any] | None:
@@ -227,6 +226,17 @@ class Recipe:
     def digest(self) -> str:
         """SHA-256 of the resolved recipe."""
         return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+def build_part(key: str, kind: str, spec: object) -> Any:
+    """The object of one component on its own, from its name in ``registry/``, or dict(name= or type=..., arguments).
+
+    Raises:
+        UserError: no such part, or arguments that it does not take.
+    """
+    resolved = resolve(key, kind, spec)
+    cls = _find(key, KINDS[kind], resolved.pop("type"))
+    return _call(key, cls, checked(key, cls, resolved))
 
 
 def _find(key: str, kind: Kind, name: str) -> type:
@@ -305,7 +315,7 @@ def load_recipe(path: str | Path, argv: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path} does not read as a recipe: {' '.join(str(error).split())}") from None
     raw = _plain(raw)
     if raw.get(IMPORTS) is not None:
-        raw[IMPORTS] = _import_all(raw[IMPORTS], path.resolve().parent)
+        raw[IMPORTS] = import_custom(raw[IMPORTS], path.resolve().parent)
     return Recipe(apply_overrides(raw, parse_overrides(argv)), path)
 
 
@@ -315,38 +325,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value
-
-
-def _import_all(spec: Any, beside: Path) -> list[str]:
-    """Import ``custom_imports``: modules, or ``.py`` files beside the recipe; returns them, files by full path."""
-    names = spec.get("imports", []) if isinstance(spec, Mapping) else spec
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{IMPORTS}: got {spec!r}; allowed: a list of modules and .py files")
-    return [_import_file((beside / name).resolve()) if name.endswith(".py") else _import_module(name) for name in names]
-
-
-def _import_module(name: str) -> str:
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"{IMPORTS}: no module '{name}' ({error})") from None
-    return name
-
-
-def _import_file(file: Path) -> str:
-    if not file.is_file():
-        raise UserError(f"{IMPORTS}: no file '{file}'")
-    module = f"laavit_custom_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    if module not in sys.modules:  # a second execution would register every class twice
-        loader = importlib.util.spec_from_file_location(module, file)
-        assert loader is not None and loader.loader is not None, "a .py file always has a loader"
-        loaded = importlib.util.module_from_spec(loader)
-        try:
-            sys.modules[module] = loaded
-            loader.loader.exec_module(loaded)
-        except MISTAKES as error:
-            del sys.modules[module]
-            what = " ".join(str(error).split())
-            raise UserError(f"{IMPORTS}: '{file}' cannot be imported: {type(error).__name__}: {what}") from error
-    return str(file)

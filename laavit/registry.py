@@ -5,16 +5,40 @@ name with arguments, a description and a source. Modules are imported when a nam
 ``laavit list`` costs no torch import of parts that are not used.
 
 Adding one's own: ``from laavit.registry import GATES`` and ``@GATES.register_module()`` in any importable file that
-the recipe names in ``custom_imports``.
+the recipe names in ``custom_imports``, or in an installed plug-in, whose module is an entry point of the group
+``laavit.components`` (docs/extending.md).
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mmengine.registry import Registry
+
+#: the entry-point group of installed plug-ins
+PLUGINS = "laavit.components"
+#: what a mistake in a file of somebody else's raises when it is executed
+MISTAKES = (
+    SyntaxError,
+    NameError,
+    ImportError,
+    AttributeError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
 
 
 class UserError(ValueError):
@@ -29,8 +53,70 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"allowed: {', '.join(options) or 'none'}{hint}"
 
 
+def mistake(error: BaseException) -> str:
+    """What went wrong in somebody else's file, in one line: 'NameError: ...'; a ``UserError`` speaks for itself."""
+    what = " ".join(str(error).split())
+    return what if isinstance(error, UserError) else f"{type(error).__name__}: {what}"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An installed plug-in: who brought it, and its package's folder ``registry/`` of named parts, where it has one."""
+
+    owner: str
+    registry: Path | None
+
+
+@lru_cache
+def plugins() -> tuple[Plugin, ...]:
+    """The installed plug-ins, imported, in the order of their names.
+
+    Raises:
+        UserError: one cannot be imported, is no module, or its ``registry/`` has a folder of an unknown kind.
+    """
+    points = sorted(entry_points(group=PLUGINS), key=lambda point: point.name)
+    return tuple(_plugin(point) for point in points)
+
+
+def _plugin(point: Any) -> Plugin:
+    owner = f"the plug-in '{point.name}' (distribution '{point.dist.name}')"
+    try:
+        module = point.load()
+    except MISTAKES as error:
+        raise UserError(f"{owner} cannot be loaded: {mistake(error)}") from error
+    if not isinstance(module, ModuleType):
+        raise UserError(
+            f"{owner} names '{point.value}', which is no module; allowed: a module that registers its parts"
+        )
+    # Only a package has a folder of its own; beside a single file there is everybody's site-packages.
+    places = getattr(sys.modules.get(module.__package__ or ""), "__path__", ())
+    folder = next((found for place in places if (found := Path(place) / "registry").is_dir()), None)
+    for kind in sorted(folder.iterdir()) if folder is not None else ():
+        if kind.is_dir() and kind.name not in KINDS:
+            raise UserError(f"{owner}: no kind of component is called '{kind.name}'; {nearest(kind.name, KINDS)}")
+    return Plugin(owner, folder)
+
+
 class Kind(Registry):
     """An mmengine registry of one kind of component; unknown names raise a ``UserError`` with the nearest name."""
+
+    def import_from_location(self) -> None:
+        """Import laavit's own parts and the installed plug-ins; asked for by every look-up, done once."""
+        super().import_from_location()
+        plugins()
+
+    def _register_module(self, module: Any, module_name: Any = None, force: bool = False) -> None:
+        """As mmengine's, but laavit's own parts come first, whenever a part from outside is registered.
+
+        Raises:
+            UserError: the name is taken; it says by whom.
+        """
+        if not str(getattr(module, "__module__", "")).startswith("laavit."):
+            super().import_from_location()
+        try:
+            super()._register_module(module, module_name, force)
+        except KeyError as error:
+            raise UserError(f"{error.args[0]}; register it under another name") from None
 
     def find(self, name: str) -> Any:
         """The registered class called ``name``.

@@ -37,7 +37,9 @@ def test_an_unknown_class_names_the_nearest(given: str, wanted: str) -> None:
 
 
 def test_a_duplicate_name_raises_and_names_the_first_owner() -> None:
-    with pytest.raises(KeyError, match=r"CosineGate is already registered in gate at laavit\.gates"):
+    with pytest.raises(
+        UserError, match=r"CosineGate is already registered in gate at laavit\.gates; register it under"
+    ):
 
         @GATES.register_module(name="CosineGate")
         class Other:

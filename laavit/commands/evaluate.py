@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from laavit.commands.common import Parser
 from laavit.commands.export import export_run
-from laavit.recipe import zoo_path
+from laavit.recipe import apply_overrides, parse_overrides, zoo_path
+from laavit.registry import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +23,26 @@ def model_folder(model: str) -> tuple[str, Path]:
     return str(place) if place.is_dir() else model, Path("runs") / Path(model).name / "eval"
 
 
+def intervention_of(name: str | None, words: Sequence[str]) -> dict[str, Any] | None:
+    """The intervention of a command line; ``words`` are what is left of it: ``--intervention.ARGUMENT VALUE``.
+
+    Raises:
+        UserError: a word is neither a flag of the command nor an argument of the intervention.
+    """
+    overrides = parse_overrides(words)
+    for key in overrides:
+        if name is None or not key.startswith("intervention."):
+            raise UserError(f"eval: unrecognized arguments: --{key} (--help lists what is allowed)")
+    return apply_overrides({"intervention": name}, overrides)["intervention"] if name else None
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command with its words; returns the exit code."""
     parser = Parser(
-        prog="eval", description="Evaluate a run, an export, or any vision-language model through lmms-eval."
+        prog="eval",
+        description="Evaluate a run, an export, or any vision-language model through lmms-eval.",
+        epilog="An intervention's arguments are flags: --intervention NAME --intervention.ARGUMENT VALUE.",
+        allow_abbrev=False,
     )
     parser.add_argument("model", help="run folder, Hugging Face folder, hub name, or zoo:NAME")
     parser.add_argument("--tasks", required=True, nargs="+", help="lmms-eval tasks, also those of eval/tasks")
@@ -32,19 +50,23 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--include-path", type=Path, nargs="*", default=[], help="more folders of lmms-eval YAML")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--latents", choices=("on", "off"), default="on", help="off masks the latents")
+    parser.add_argument("--intervention", help="changes what the model is given: a name (laavit list) or a class")
+    parser.add_argument("--import", dest="imports", nargs="*", default=[], help=".py files or modules of your own")
     parser.add_argument("--limit", type=int, help="at most so many questions a task")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--out", type=Path, help="default RUN/eval/<tasks>-latents-<on|off>")
-    options = parser.parse_args(list(argv))
+    parser.add_argument("--out", type=Path, help="default RUN/eval/<tasks>-latents-<on|off>[-<intervention>]")
+    options, overrides = parser.parse_known_args(list(argv))
+    intervention = intervention_of(options.intervention, overrides)
     from laavit.evaluation.run import evaluate
 
     folder, results = model_folder(options.model)
     tasks = [name for word in options.tasks for name in word.split(",") if name]
-    out = options.out or results / f"{'+'.join(tasks)}-latents-{options.latents}"
+    name = "-".join(filter(None, ["+".join(tasks), "latents", options.latents, options.intervention]))
     summary = evaluate(
-        folder, tasks, out, options.batch_size, options.latents, options.limit, options.include_path, options.data_root,
-        options.device, options.dtype,
+        folder, tasks, options.out or results / name, options.batch_size, options.latents, options.limit,
+        options.include_path, options.data_root, options.device, options.dtype, intervention=intervention,
+        imports=options.imports,
     )  # fmt: skip
     for task, entry in (summary or {}).get("tasks", {}).items():
         logger.info("%s: %.3f [%.3f, %.3f], n = %d", task, entry["accuracy"], entry["low"], entry["high"], entry["n"])

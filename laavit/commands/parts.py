@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from laavit.commands.common import Parser
-from laavit.recipe import cards, checked
-from laavit.registry import KINDS, UserError, nearest
+from laavit.recipe import Card, cards, checked
+from laavit.registry import FAMILIES, KINDS, UserError, nearest
+
+#: model families have no file in registry/: a model's own ``model_type`` names its family
+OWN = "families"
 
 
 def list_parts(kind: str | None) -> None:
@@ -21,11 +24,18 @@ def list_parts(kind: str | None) -> None:
     for title in ("kind", "name", "description", "source"):
         table.add_column(title, overflow="fold")
     for each in kinds:
-        for card in cards(each).values():
-            table.add_row(each, card.name, card.description, card.source)
+        for row in _families() if each == OWN else cards(each).values():
+            table.add_row(each, row.name, row.description, row.source)
     console = Console()
     # In a pipe one line a part, whatever the width.
     (console if console.is_terminal else Console(width=240)).print(table)
+
+
+def _families() -> Iterator[Card]:
+    FAMILIES.import_from_location()
+    for name, cls in sorted(FAMILIES.module_dict.items()):
+        described = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
+        yield Card(OWN, name, cls.__name__, {}, described, cls.__module__)
 
 
 def show_part(name: str) -> None:
@@ -63,10 +73,10 @@ def _plain(value: object) -> object:
 def main(argv: Sequence[str]) -> int:
     """Run the command with its words; returns the exit code."""
     parser = Parser(prog="laavit list / show", description="Named parts.")
-    kinds = ", ".join(KINDS)
+    kinds = ", ".join([*KINDS, OWN])
     parser.add_argument("name", nargs="?", help=f"a kind ({kinds}), or a part's name (kind/name where several have it)")
     name = parser.parse_args(list(argv)).name
-    if name is None or name in KINDS:
+    if name is None or name in (*KINDS, OWN):
         list_parts(name)
     else:
         show_part(name)

@@ -1,8 +1,9 @@
 """The lmms-eval model ``laavit``: an exported student, or any Hugging Face vision-language checkpoint.
 
 An export's chat template writes ``<|latent_1|> … <|latent_K|><|latent_end|>`` after the generation prompt, so the model
-is driven exactly as any other: template, processor, ``generate``. What is added here is the option ``latents=off``, the
-ablation "without latent tokens (masked at inference)" of LaViT (arXiv 2601.10129, Table 3).
+is driven exactly as any other: template, processor, ``generate``. What is added here are interventions on what it is
+given; ``latents=off`` is one, the ablation "without latent tokens (masked at inference)" of LaViT (arXiv 2601.10129,
+Table 3).
 
 Plain use: ``lmms-eval --model laavit --model_args pretrained=FOLDER,latents=off --tasks … --include_path eval/tasks``.
 """
@@ -27,10 +28,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
+from laavit.custom import import_custom
 from laavit.evaluation.images import CachedImages, flat_images
 from laavit.evaluation.interventions import latent_ids
 from laavit.files import read_object
 from laavit.paths import EXPORT_CARD
+from laavit.recipe import build_part, cards
 from laavit.registry import INTERVENTIONS, UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -61,7 +64,9 @@ class Laavit(lmms):
         batch_size: prompts a forward pass. max_batch_size: accepted from lmms-eval, not used.
         device: 'cpu', 'cuda', 'cuda:1', …; by default a GPU where there is one (one a rank).
         dtype: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'.
-        latents: 'on', or 'off' to mask them (``MaskLatents``).
+        latents: 'on', or 'off' to mask them: the intervention 'latents_off'.
+        intervention: a name in registry/interventions or a registered class, or dict(name= or type=..., arguments).
+        imports: modules and ``.py`` files that register interventions of the user's own; they are executed.
         system: the system prompt, or a file that holds it; by default what the export stores in ``laavit.json``, and
             without one the chat template's own.
         attention: the attention implementation of transformers.
@@ -89,6 +94,8 @@ class Laavit(lmms):
         max_pixels: int | None = None,
         image_cache_mb: int = 256,
         max_batch_size: int | None = None,
+        intervention: str | Mapping[str, Any] | None = None,
+        imports: str | Sequence[str] = (),
     ) -> None:
         super().__init__()
         for name, given, allowed in (("latents", latents, SWITCH), ("dtype", dtype, DTYPES)):
@@ -101,7 +108,7 @@ class Laavit(lmms):
         self.batch_size = int(batch_size)
         self.device = _device(device)
         self.latents = latents
-        self.intervention = INTERVENTIONS.find("MaskLatents")() if latents == "off" else None
+        self.intervention = _intervention(latents, intervention, imports)
         self.max_new_tokens = int(max_new_tokens)
         #: (task, doc id) -> seconds of generation, a batch's time shared out evenly.
         self.seconds: dict[tuple[str, Any], float] = {}
@@ -254,6 +261,24 @@ def read_export(folder: str | Path) -> dict[str, Any]:
         UserError: the file is not a JSON object.
     """
     return read_object(Path(folder) / EXPORT_CARD)
+
+
+def _intervention(latents: str, given: str | Mapping[str, Any] | None, imports: str | Sequence[str]) -> Any | None:
+    """What is done to the inputs; None leaves them as they are.
+
+    Raises:
+        UserError: no such intervention, arguments it does not take, or two at once.
+    """
+    import_custom(imports, Path(), "imports")
+    if latents == "off" and given is not None:
+        raise UserError("latents=off is an intervention itself (latents_off), and another one was given: give one")
+    if given is None:
+        return build_part("intervention", "interventions", "latents_off") if latents == "off" else None
+    spec = {"name": given} if isinstance(given, str) else dict(given)
+    name = str(spec.get("name"))
+    if name not in cards("interventions") and INTERVENTIONS.get(name) is not None:
+        spec["type"] = spec.pop("name")
+    return build_part("intervention", "interventions", spec)
 
 
 def _device(asked: str | None) -> torch.device:

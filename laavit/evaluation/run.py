@@ -12,7 +12,7 @@ import contextlib
 import io
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def evaluate(
     device: str | None = None,
     dtype: str = "auto",
     system: str | None = None,
+    intervention: str | Mapping[str, Any] | None = None,
     **model_arguments: Any,
 ) -> dict[str, Any] | None:
     """Ask the model every question of the tasks and store the records and their summary under ``out``.
@@ -61,7 +62,7 @@ def evaluate(
         model_folder: an export, any Hugging Face vision-language folder, or a hub name.
         tasks: names of lmms-eval's tasks and groups, the project's own (``eval/tasks``) and those of ``include_path``.
         out: the folder for ``records.jsonl`` and ``summary.json``; both are replaced atomically.
-        batch_size, device, dtype, system, model_arguments: see ``laavit.evaluation.bridge.Laavit``.
+        batch_size, device, dtype, system, intervention, model_arguments: see ``laavit.evaluation.bridge.Laavit``.
         latents: 'on', or 'off' to mask them.
         limit: at most so many questions a task, from the first; None asks all.
         include_path: more folders of lmms-eval YAML.
@@ -88,6 +89,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             system=system,
+            intervention=intervention,
             **model_arguments,
         )
         model.console = console  # its bar is the one thing shown
@@ -99,6 +101,7 @@ def evaluate(
         "model": str(model_folder),
         "weights_sha256": weights_sha256(model_folder),
         "latents": latents,
+        "intervention": intervention,
         "system": model.system,
         "limit": limit,
         "seconds": round(time.perf_counter() - started, 3),
