@@ -20,6 +20,25 @@ from laavit.registry import UserError
 from laavit.structures import Encoded
 
 
+def _whole(backbone: Backbone) -> tuple[nn.Module, str]:
+    """Tower, projector and decoder, and how the names of the decoder's parameters begin in it."""
+    whole: nn.Module = backbone.model.model  # type: ignore[assignment]
+    decoder = backbone.family.decoder(backbone.model)
+    return whole, next(f"{name}." for name, module in whole.named_modules() if module is decoder)
+
+
+def check_frozen(backbone: Backbone) -> None:
+    """Refuse a model of which something learns that image features depend on.
+
+    Raises:
+        UserError: naming the first parameter.
+    """
+    whole, inside = _whole(backbone)
+    for name, parameter in whole.named_parameters():
+        if parameter.requires_grad and not name.startswith(inside):
+            raise UserError(f"cached image features would be out of date after a step: {name} learns, freeze it")
+
+
 class VisionCache:
     """Features by image, on disk (safetensors, one file an image, atomic) and, the first of them, in memory.
 
@@ -33,13 +52,9 @@ class VisionCache:
 
     def __init__(self, folder: Path, backbone: Backbone, memory: int = 1 << 30) -> None:
         self.backbone = backbone
-        whole: nn.Module = backbone.model.model  # type: ignore[assignment]
-        decoder = backbone.family.decoder(backbone.model)
-        inside = next(f"{name}." for name, module in whole.named_modules() if module is decoder)
-        learning = [n for n, p in whole.named_parameters() if p.requires_grad and not n.startswith(inside)]
+        check_frozen(backbone)
+        whole, inside = _whole(backbone)
         before = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith(inside)}
-        if learning:
-            raise UserError(f"cached image features would be out of date after a step: {learning[0]} learns, freeze it")
         processor = backbone.processor
         read = [processor.image_processor.to_dict(), getattr(processor, "images_kwargs", {})]
         settings = json.dumps(read, sort_keys=True, default=str)

@@ -91,6 +91,11 @@ class Columns(RecordReader):
             self._kept.mkdir(parents=True, exist_ok=True)
         super().__init__(annotations, self._kept if root is None else root, split, limit, max_characters)
 
+    @classmethod
+    def has_boxes(cls, arguments: Mapping[str, Any]) -> bool:
+        """Boxes are read where the map names their column."""
+        return "boxes" in (arguments.get("columns") or {})
+
     def sources(self) -> list[Path]:
         """The data files, in order."""
         if not self.annotations.exists():

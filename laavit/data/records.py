@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, overload
 
@@ -68,6 +68,11 @@ class RecordReader(Sequence[Sample]):
     #: What messages call a record's id, and whether records may share one (then they are numbered).
     key_name: ClassVar[str] = "id"
     numbered: ClassVar[bool] = False
+
+    @classmethod
+    def has_boxes(cls, arguments: Mapping[str, Any]) -> bool:
+        """Whether samples can have boxes, by the reader's arguments alone."""
+        return True
 
     def __init__(
         self,

@@ -27,6 +27,10 @@ class Target(nn.Module):
     layers: tuple[int, ...] | None = None
     #: whether it reads the decoder's input embeddings (``StudentOutput.embeddings``)
     needs_embeddings: bool = False
+    #: whether it reads the latents (their states, or their rows and their separator's)
+    needs_latents: bool = False
+    #: samples that a micro-batch must hold
+    min_batch: int = 1
     #: whether a sample needs a trace
     needs_trace: bool = True
     #: whether a sample needs boxes

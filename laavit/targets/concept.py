@@ -86,6 +86,8 @@ class ConceptTarget(Target):
             an order of their own in every sample), or 'none'. seed: fixes the control's choices.
     """
 
+    needs_latents = True
+
     def __init__(
         self,
         weight: float = 0.3,
@@ -120,6 +122,7 @@ class ConceptTarget(Target):
             )
         self.anchor, self.hidden, self.pooling, self.top_k = anchor, hidden, pooling, top_k
         self.loss, self.temperature, self.match = loss, temperature, match
+        self.min_batch = 2 if loss == "info_nce" else 1
         self.static, self.store = static, store
         self.control, self.seed = check_control(control, STATE_CONTROLS), seed
         self.latents = 0

@@ -42,6 +42,7 @@ class MapTarget(Target):
     ) -> None:
         super().__init__(weight)
         self.rows = check_kinds("rows", tuple(rows))
+        self.needs_latents = not {"latents", "separator"}.isdisjoint(self.rows)
         self.layers = tuple(layers) if layers is not None else None
         if self.layers == ():
             raise UserError("layers: names no layer; leave it out for all")
@@ -62,7 +63,7 @@ class MapTarget(Target):
 
     def setup(self, width: int, depth: int, latents: int, header: Mapping[str, Any]) -> None:
         self.depth, self.latents = depth, latents
-        if latents == 0 and {"latents", "separator"} & set(self.rows):
+        if latents == 0 and self.needs_latents:
             name = type(self).__name__.removesuffix("Target").lower()
             raise UserError(
                 f"the {name} target reads the rows {', '.join(self.rows)}, and this recipe has no latents; "

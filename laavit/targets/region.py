@@ -36,6 +36,7 @@ class RegionTarget(Target):
             many random places), or 'none'. seed: fixes the control's choices.
     """
 
+    needs_latents = True
     needs_trace = False
     needs_boxes = True
     needs_embeddings = True
