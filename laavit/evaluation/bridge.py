@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from laavit.custom import import_custom
-from laavit.evaluation.images import CachedImages, flat_images
+from laavit.evaluation.images import CachedImages, images_of
 from laavit.evaluation.interventions import latent_ids
 from laavit.files import read_object
 from laavit.paths import EXPORT_CARD
@@ -180,7 +180,7 @@ class Laavit(lmms):
         chats = [self._with_system(chat) for chat in chats]
         texts = self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
         inputs: BatchFeature = self.processor(
-            text=texts, images=flat_images(chats) or None, padding=True, padding_side="left", return_tensors="pt"
+            text=texts, images=images_of(chats) or None, padding=True, padding_side="left", return_tensors="pt"
         )
         self._check_latents(inputs["input_ids"])
         moved = dict(inputs.to(self.device))

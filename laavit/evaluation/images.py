@@ -31,27 +31,30 @@ class CachedImages:
         self.hits = 0
         self.misses = 0
         self._size = 0
+        self._another_form = False
         self._kept: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def __call__(self, images: Any, **settings: Any) -> BatchFeature:
-        """The wrapped processor's output for ``images``, a flat list of PIL images for a cache to apply."""
-        if not (isinstance(images, list) and images and all(isinstance(image, Image) for image in images)):
+        """The wrapped processor's output for ``images``: PIL images, or lists of them, for a cache to apply."""
+        flat = _flat(images)
+        if self._another_form or not (flat and all(isinstance(image, Image) for image in flat)):
             return self.inner(images, **settings)
-        keys = [_key(image, settings) for image in images]
-        fresh = {key: image for key, image in zip(keys, images) if key not in self._kept}
+        keys = [_key(image, settings) for image in flat]
+        fresh = {key: image for key, image in zip(keys, flat) if key not in self._kept}
         made: dict[str, tuple[Tensor, Tensor]] = {}
         if fresh:
             output = self.inner(list(fresh.values()), **settings)
             if set(output) != {"pixel_values", "image_grid_thw"} or not isinstance(output["pixel_values"], Tensor):
-                return output if len(fresh) == len(images) else self.inner(images, **settings)
+                self._another_form = True
+                return self.inner(images, **settings)  # which may depend on which images belong together
             grids = output["image_grid_thw"]
             shares = output["pixel_values"].split(grids.prod(-1).tolist())
             made = {key: (share.clone(), grid) for key, share, grid in zip(fresh, shares, grids)}
         self.misses += len(made)
-        self.hits += len(images) - len(made)
+        self.hits += len(flat) - len(made)
         parts = [made[key] if key in made else self._use(key) for key in keys]
         for key, part in made.items():
             self._keep(key, part)
@@ -69,19 +72,33 @@ class CachedImages:
             self._size -= self._kept.popitem(last=False)[1][0].nbytes
 
 
+def _flat(images: Any) -> list[Any]:
+    """The images of a list, or of a list of lists; [] for anything else."""
+    if not isinstance(images, list):
+        return []
+    return [image for one in images for image in (one if isinstance(one, list) else [one])]
+
+
 def _key(image: Image, settings: dict[str, Any]) -> str:
     digest = hashlib.blake2b(image.tobytes(), digest_size=16)
     digest.update(repr((image.mode, image.size, sorted(settings.items()))).encode())
     return digest.hexdigest()
 
 
-def flat_images(chats: Sequence[Sequence[dict[str, Any]]]) -> list[Any]:
-    """The images of Hugging Face chat messages, in order of appearance over the whole batch."""
-    return [
-        part["image"]
+def images_of(chats: Sequence[Sequence[dict[str, Any]]]) -> list[list[Any]]:
+    """The images of Hugging Face chat messages, a list a chat, [] where none has any.
+
+    A list a chat, since some processors count a chat's images (SmolVLM, Gemma 3), and LLaVA-OneVision cuts a chat's
+    only image up otherwise than one of several.
+    """
+    found = [
+        [
+            part["image"]
+            for message in chat
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+            if part["type"] == "image"
+        ]
         for chat in chats
-        for message in chat
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-        if part["type"] == "image"
     ]
+    return found if any(found) else []

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BatchFeature
 
-from laavit.evaluation.images import CachedImages
+from laavit.evaluation.images import CachedImages, images_of
 
 
 def picture(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -61,11 +61,36 @@ def test_a_batch_larger_than_the_cache_is_served(inner: Any) -> None:
     assert torch.equal(ours["pixel_values"], inner(pictures, return_tensors="pt")["pixel_values"])
 
 
+def test_a_list_a_sample(inner: Any) -> None:
+    pictures = [[picture(0, (48, 32)), picture(1, (32, 64))], [], [picture(0, (48, 32))]]
+    cached = CachedImages(inner, 2**20)
+    for _ in range(2):
+        ours, plain = cached(pictures, return_tensors="pt"), inner(pictures, return_tensors="pt")
+        assert torch.equal(ours["pixel_values"], plain["pixel_values"])
+        assert torch.equal(ours["image_grid_thw"], plain["image_grid_thw"])
+    assert (cached.misses, cached.hits) == (2, 4)
+
+
 def test_outputs_of_another_form_pass_uncached() -> None:
+    given = []
+
     def squares(images: list[Any], **_: Any) -> BatchFeature:
+        given.append(images)
         return BatchFeature({"pixel_values": torch.arange(float(len(images)))})
 
     cached = CachedImages(squares, 2**20)
     pictures = [picture(0, (8, 8)), picture(0, (8, 8))]
-    assert cached(pictures)["pixel_values"].tolist() == [0.0, 1.0]
+    for _ in range(2):
+        assert cached(pictures)["pixel_values"].tolist() == [0.0, 1.0]
+        assert cached([pictures, pictures])["pixel_values"].tolist() == [0.0, 1.0]
     assert (cached.hits, cached.misses) == (0, 0)
+    assert given[1:] == [pictures, [pictures, pictures]] * 2  # as they were given, and once each after the first
+
+
+def test_images_of_chats() -> None:
+    def said(*parts: Any) -> dict[str, Any]:
+        return {"role": "user", "content": [{"type": "image", "image": part} for part in parts]}
+
+    plain = {"role": "system", "content": "look"}
+    assert images_of([[plain, said(1, 2)], [plain], [said(3), said(4)]]) == [[1, 2], [], [3, 4]]
+    assert images_of([[plain], [said()]]) == []
