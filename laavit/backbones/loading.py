@@ -90,8 +90,8 @@ def quantization_config(spec: str | Mapping[str, Any] | None, dtype: torch.dtype
 
 
 @contextmanager
-def reading(path: str) -> Iterator[str]:
-    """Says where a model cannot be read, and why, in one sentence; gives the place that a ``zoo:`` stands for.
+def reading(path: str, what: str = "vision-language model") -> Iterator[str]:
+    """Says where ``what`` cannot be read, and why, in one sentence; gives the place that a ``zoo:`` stands for.
 
     Raises:
         UserError: whatever transformers and the hub raise for what is missing, damaged, unknown or not installed.
@@ -99,8 +99,8 @@ def reading(path: str) -> Iterator[str]:
     try:
         yield zoo_path(path)
     except (UserError, OSError, ValueError, ImportError, HfHubHTTPError) as error:
-        what = " ".join(str(error).split()) if isinstance(error, ImportError) else str(error).strip().splitlines()[0]
-        raise UserError(f"no vision-language model can be read from '{path}': {what}") from None
+        why = " ".join(str(error).split()) if isinstance(error, ImportError) else str(error).strip().splitlines()[0]
+        raise UserError(f"no {what} can be read from '{path}': {why}") from None
 
 
 def read_processor(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
