@@ -28,14 +28,14 @@ def image_blocks(batch: Batch) -> Tensor:
     """Where images stand, from each image's first token to its last, bool [B, S].
 
     Row separators and tile markers between them are part of the image: from the second layer on they say what the
-    tokens around them do, and would carry it past a closed gate.
+    tokens around them do, and would carry it past a closed gate. So do the registers before a grid.
     """
     blocks = torch.zeros(batch.roles.shape, dtype=torch.bool)
     for row, spans in zip(blocks, batch.spans, strict=True):
         for image in {span.tile.image for span in spans}:
             own = [span for span in spans if span.tile.image == image]
             stop = max(max(span.stop, span.start + span.tile.height * span.stride) for span in own)
-            row[min(span.start for span in own) : stop] = True
+            row[min(span.start - span.lead for span in own) : stop] = True
     return blocks.to(batch.roles.device)
 
 

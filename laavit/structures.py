@@ -80,11 +80,13 @@ class Span:
     Args:
         start: position of the first. tile: what they cover.
         stride: positions from one row of tokens to the next; 0: the rows follow each other (no separators).
+        lead: positions before the first that are the image's, too, and no part of the grid (a tower's registers).
     """
 
     start: int
     tile: Tile
     stride: int = 0
+    lead: int = 0
 
     @property
     def stop(self) -> int:

@@ -19,6 +19,7 @@ MODULES = {
     "qwen3_vl_moe": "qwen",
     "idefics3": "idefics",
     "smolvlm": "idefics",
+    "llava": "llava",
     "llava_onevision": "llava_onevision",
     "internvl": "internvl",
     "gemma3": "gemma3",

@@ -14,6 +14,7 @@ from laavit.backbones.families.base import Family
 from laavit.backbones.families.gemma3 import Gemma3
 from laavit.backbones.families.idefics import Idefics
 from laavit.backbones.families.internvl import InternVL
+from laavit.backbones.families.llava import Llava
 from laavit.backbones.families.llava_onevision import LlavaOnevision
 from laavit.backbones.families.qwen import Qwen3VL, QwenVL
 from laavit.registry import FAMILIES, UserError, nearest
@@ -23,6 +24,7 @@ __all__ = [
     "Gemma3",
     "Idefics",
     "InternVL",
+    "Llava",
     "LlavaOnevision",
     "Qwen3VL",
     "QwenVL",

@@ -27,6 +27,8 @@ class Tiled(Family):
     takes_features = True
     #: tokens along each side of a tile
     side: int
+    #: tokens of a tile before its patches (registers of its tower)
+    lead: int = 0
     #: the share of a tile's side that its tokens cover; the tower leaves out pixels past the last whole patch
     seen: float
 
@@ -53,15 +55,16 @@ class Tiled(Family):
             for image, size in enumerate(sizes)
             for region in self.regions(*size)
         ]
-        if len(positions) != len(tiles) * self.side**2:
+        count = self.lead + self.side**2
+        if len(positions) != len(tiles) * count:
             raise ValueError(
                 f"{len(positions)} image tokens in the sequence, {len(tiles)} tiles of {self.side} x {self.side} for "
                 f"images of {sizes} pixels"
             )
-        spans = tuple(Span(start, tile) for start, tile in zip(positions[:: self.side**2], tiles, strict=True))
-        if torch.tensor(positions).tolist() != [p for span in spans for p in span.positions().tolist()]:
+        starts = positions[::count]
+        if positions != [start + i for start in starts for i in range(count)]:
             raise ValueError("the tokens of a tile are not contiguous")
-        return spans
+        return tuple(Span(start + self.lead, tile, lead=self.lead) for start, tile in zip(starts, tiles, strict=True))
 
     def _covered(self, region: Region) -> Region:
         left, top, right, bottom = region
