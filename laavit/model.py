@@ -11,11 +11,11 @@ from mmengine.model import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText
 
 from laavit.attention import AttentionContext, GatePath
 from laavit.backbones.chat import IGNORED
 from laavit.backbones.embeddings import input_embeddings
+from laavit.backbones.loading import check_shapes
 from laavit.backbones.rows import row_positions
 from laavit.data.aligned import header_of
 from laavit.gates import PATHS, Gate
@@ -74,7 +74,8 @@ class LaViT(BaseModel):
     """L = L_ntp + sum(weight * target) (Eq. 9), under the gate's bias at the current step.
 
     Args:
-        student: an HFStudent (or any module with ``forward(batch, context) -> hidden``, ``backbone``).
+        student: an HFStudent (or any module with ``forward(batch, context) -> hidden``, ``backbone``, ``save`` and
+            ``load``).
         gate: None is an open gate.
         targets: by the name under which each is logged.
     """
@@ -138,8 +139,8 @@ class LaViT(BaseModel):
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write the student as a Hugging Face folder and the targets' heads beside it."""
-        self.student.backbone.save(folder)
+        """Write the student (a Hugging Face folder, or adapters), and the targets' heads beside it."""
+        self.student.save(folder)
         heads = {name: t.detach().cpu().contiguous() for name, t in self.targets.state_dict().items()}
         save_file(heads, folder / "heads.safetensors")
 
@@ -151,15 +152,10 @@ class LaViT(BaseModel):
         """
         if not (folder / "heads.safetensors").is_file():
             raise UserError(f"the checkpoint {folder} is not complete: heads.safetensors is missing")
-        own = self.student.model
-        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=next(own.parameters()).dtype)
         heads = load_file(folder / "heads.safetensors")
-        for module, state in ((own, loaded.state_dict()), (self.targets, heads)):
-            shapes, given = ({name: t.shape for name, t in s.items()} for s in (module.state_dict(), state))
-            if shapes != given:
-                names = sorted(name for name in shapes | given if shapes.get(name) != given.get(name))
-                raise UserError(f"the checkpoint {folder} holds another model: {', '.join(names[:3])} differ")
-            module.load_state_dict(state)
+        check_shapes(folder, self.targets.state_dict(), heads)
+        self.student.load(folder)
+        self.targets.load_state_dict(heads)
 
 
 def build_model(recipe: Any, header: Mapping[str, Any]) -> LaViT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def test_a_target_on_the_first_layer_leaves_the_second_alone(lab: Any, samples: 
     ("freeze", "still"),
     [
         (("vision",), lambda name: "visual" in name),
-        (("vision", "decoder"), lambda name: "visual" in name or ".layers." in name),
+        (("vision", "decoder"), lambda name: re.search(r"visual|language_model\.(layers|norm)\.", name)),
         (("vision", r"layers\.[01]\."), lambda name: "visual" in name or ".layers.0." in name or ".layers.1." in name),
         ((), lambda name: False),
     ],

@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from laavit.attention import IMPLEMENTATION
@@ -138,3 +140,11 @@ def read_model(
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # grouped matrix products of experts know no float64
     return model if device_map is not None else model.to(device)
+
+
+def check_shapes(folder: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raises: UserError: names or shapes of a checkpoint's tensors are not those of the model."""
+    shapes, found = ({name: t.shape for name, t in tensors.items()} for tensors in (own, given))
+    if shapes != found:
+        names = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
+        raise UserError(f"the checkpoint {folder} holds another model: {', '.join(names[:3])} differ")

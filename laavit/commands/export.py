@@ -13,9 +13,28 @@ from typing import Any
 from laavit.commands.common import Parser, checkpoint_of, run_recipe
 from laavit.latents import NO_LATENTS, SEPARATOR, latent_tokens
 from laavit.paths import EXPORT_CARD
+from laavit.recipe import Recipe, zoo_path
 from laavit.registry import UserError
 
 logger = logging.getLogger(__name__)
+
+#: a checkpoint's files that are no part of a model
+OWN = {"heads.safetensors", "optimizer.safetensors", "state.json", "random.safetensors"}
+OWN |= {"adapter_model.safetensors", "adapter_config.json", "trained.safetensors", "base.json"}
+#: how adapters that are exported apart are used
+APART = """# Adapters for {path}
+
+Trained on weights with the SHA-256 {weights_sha256} (over all tensors by name, as laavit counts it).
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained("{base}")
+{resize}model = PeftModel.from_pretrained(base, "THIS FOLDER")
+processor = AutoProcessor.from_pretrained("THIS FOLDER")  # its chat template writes the latent tokens
+```
+"""
 
 
 def exported_template(template: str, system: str, latents: int) -> str:
@@ -36,26 +55,32 @@ def exported_template(template: str, system: str, latents: int) -> str:
     return before + template + after
 
 
-def export_run(run: Path, out: Path, checkpoint: Path | None = None) -> Path:
+def export_run(run: Path, out: Path, checkpoint: Path | None = None, adapters: str = "merged") -> Path:
     """Write ``out``: weights, tokenizer, processor, chat template, and ``laavit.json``.
 
+    Args:
+        adapters: of a run with LoRA: 'merged' into the weights, or 'apart', a folder for peft without the base.
+
     Raises:
-        UserError: the run or the checkpoint is not complete, or ``out`` exists and is no export.
+        UserError: the run or the checkpoint is not complete, ``out`` exists and is no export, or no adapters are there
+            to be kept apart.
     """
     from laavit.engine.checkpoint import read_state
+    from laavit.students.lora import base_of
 
     recipe = run_recipe(run)
     source = checkpoint or checkpoint_of(run)
     read_state(source)  # refuses what is no complete checkpoint
     if out.exists() and any(out.iterdir()) and not (out / EXPORT_CARD).is_file():
         raise UserError(f"'{out}' exists and is no export of laavit; name another folder")
+    if adapters == "apart" and not base_of(source):
+        raise UserError(f"--adapters apart: '{run}' was trained without adapters (student.lora)")
     layout = recipe.build("latents").layout if recipe.has("latents") else NO_LATENTS
     latents = layout.most
     prompt = recipe.build("prompt")
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    own = {"heads.safetensors", "optimizer.safetensors", "state.json", "random.safetensors"}
-    shutil.copytree(source, temporary, ignore=lambda _, names: own & set(names))
+    shutil.copytree(source, temporary, ignore=lambda _, names: OWN & set(names))
     written = 0 if layout.emitted else latents
     _write_template(temporary, exported_template(_template(source), prompt.system, written))
     card: dict[str, Any] = {
@@ -69,10 +94,35 @@ def export_run(run: Path, out: Path, checkpoint: Path | None = None) -> Path:
         "recipe_sha256": recipe.digest(),
         "step": source.name,
     }
+    if base_of(source):
+        card |= _write_adapted(recipe, source, temporary, adapters)
     (temporary / EXPORT_CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
     return out
+
+
+def _write_adapted(recipe: Recipe, source: Path, out: Path, adapters: str) -> dict[str, Any]:
+    """Put a checkpoint of adapters into ``out``, merged with their base or apart; returns what the card says of it."""
+    import torch
+    from transformers import AutoConfig
+
+    from laavit.students.lora import base_of
+
+    student = recipe.build("student")
+    student.setup(recipe.build("latents") if recipe.has("latents") else None, torch.Generator())
+    student.load(source)
+    base = base_of(source)
+    if adapters == "merged":
+        student.merge()
+        student.model.save_pretrained(out)
+        return {"merged_into": base}
+    student.adapters.save_apart(out)
+    place, rows = zoo_path(base["path"]), student.model.get_input_embeddings().weight.shape[0]
+    grows = AutoConfig.from_pretrained(place).get_text_config().vocab_size < rows
+    resize = f"base.resize_token_embeddings({rows}, mean_resizing=False)\n" if grows else ""
+    (out / "README.md").write_text(APART.format(base=place, resize=resize, **base), encoding="utf-8")
+    return {"base": base, "embedding_rows": rows}
 
 
 def _template(folder: Path) -> str:
@@ -89,6 +139,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, help="run folder of tools/train.py")
     parser.add_argument("out", type=Path, nargs="?", help="where to; default RUN/export")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder; default the newest")
+    parser.add_argument(
+        "--adapters",
+        choices=("merged", "apart"),
+        default="merged",
+        help="of a run with LoRA: merged into the weights (default), or apart, as a folder for peft",
+    )
     options = parser.parse_args(list(argv))
-    logger.info("exported to %s", export_run(options.run, options.out or options.run / "export", options.checkpoint))
+    out = options.out or options.run / ("export" if options.adapters == "merged" else "adapters")
+    logger.info("exported to %s", export_run(options.run, out, options.checkpoint, options.adapters))
     return 0

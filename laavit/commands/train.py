@@ -53,9 +53,11 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     student = model.student
     cache = None
     if traces.vision_cache is not None:
-        if "vision" not in student.freeze:
+        learning = [part for part in ("vision", "projector") if student.learns(part)]
+        if learning:
             raise UserError(
-                "traces.vision_cache keeps features of a frozen vision tower, this recipe trains it (student.freeze)"
+                "traces.vision_cache keeps what the projector makes of an image for the whole run, and this recipe "
+                f"trains {' and '.join(learning)}: name both in student.freeze, and neither in student.lora.targets"
             )
         cache = VisionCache(Path(traces.vision_cache), student.backbone)
     builder = student.builder(recipe.build("prompt"))

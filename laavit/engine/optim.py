@@ -39,13 +39,15 @@ def unique_parameters(named: Iterable[tuple[str, nn.Parameter]]) -> NamedParamet
 
 
 def build_adamw(named: NamedParameters, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over named parameters; vectors (norms, biases) are not decayed."""
-    matrices = [p for _, p in named if p.ndim >= 2]
-    vectors = [p for _, p in named if p.ndim < 2]
+    """AdamW over named parameters; vectors (norms, biases) are not decayed, nor tables of which a few rows learn."""
+
+    def decays(parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 2 and not getattr(parameter, "few_rows", False)
+
     groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
-        if params
+        {"params": params, "weight_decay": settings.weight_decay if decayed else 0.0}
+        for decayed in (True, False)
+        if (params := [p for _, p in named if decays(p) is decayed])
     ]
     # Fused: one call for all parameters, on CPU too, where the default loops over them in Python.
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)

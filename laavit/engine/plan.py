@@ -8,8 +8,8 @@ is counted by operation, under the recipe's precision, with and without checkpoi
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,9 @@ from laavit.model import LaViT, build_gate, build_targets, check_layers
 from laavit.recipe import Recipe
 from laavit.registry import UserError
 from laavit.structures import Batch, Box, Encoded, Role, Sample, Span, Tile
-from laavit.students.hf import PARTS, HFStudent
+from laavit.students.freezing import parameters_of
+from laavit.students.hf import HFStudent
+from laavit.students.lora import LoraSettings
 from laavit.targets import ConceptTarget
 from laavit.targets.base import stack
 from laavit.teachers.recording import recording
@@ -46,6 +48,8 @@ ASSUMPTIONS = (
 
 #: model types whose image is one grid, its size chosen by area: what ``grid_of`` and ``example`` stand for
 PLANNED = ("qwen2_vl", "qwen2_5_vl")
+#: parts of a student that are counted apart; what stands between tower and decoder counts with the tower that holds it
+PARTS = ("vision", "projector", "embeddings", "head", "decoder")
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,10 @@ def shape_models(recipe: Recipe) -> Shaped:
     backbone = shaped_backbone(
         plan, given["dtype"], given["attention"], mode, latents.layout.most + 1 if latents else 0
     )
-    student = HFStudent.of(backbone, given["path"], given["freeze"])
-    student.setup(latents, torch.Generator().manual_seed(0))
+    lora = LoraSettings(**given["lora"]) if given["lora"] is not None else None
+    student = HFStudent.of(backbone, given["path"], given["freeze"], lora)
+    with mode if lora is not None else nullcontext():  # adapters are as shapeless as what they adapt
+        student.setup(latents, torch.Generator().manual_seed(0))
     check_layers(gate, student)
     teacher, teacher_plan, header = None, None, {}
     if recipe.has("teacher"):
@@ -185,14 +191,20 @@ def shape_models(recipe: Recipe) -> Shaped:
 
 
 def parameters_by_part(model: LaViT) -> dict[str, dict[str, int]]:
-    """Part -> {'all', 'trainable'}: numbers of parameters; tied ones count once, where they are met first."""
-    found = {part: {"all": 0, "trainable": 0} for part in (*PARTS, "target heads")}
-    for name, parameter in model.named_parameters():
-        hits = [part for part, pattern in PARTS.items() if re.search(pattern, name)]
-        part = "target heads" if name.startswith("targets.") else hits[0] if hits else "decoder"  # the final norm
-        found[part]["all"] += parameter.numel()
-        found[part]["trainable"] += parameter.numel() if parameter.requires_grad else 0
-    return {part: counts for part, counts in found.items() if counts["all"]}
+    """Part -> {'all', 'trainable'}: numbers of parameters; tied ones count once, with the embeddings."""
+    adapters = model.student.adapters
+    owned = {"adapters": adapters.parameters() if adapters else [], "target heads": list(model.targets.parameters())}
+    owned |= {part: parameters_of(part, model.student.backbone) for part in PARTS}
+    found, seen = dict[str, dict[str, int]](), set[int]()
+    for part, parameters in owned.items():
+        own = [p for p in parameters if id(p) not in seen]
+        seen.update(map(id, own))
+        found[part] = {"all": _size(own), "trainable": _size(p for p in own if p.requires_grad)}
+    return {part: found[part] for part in (*PARTS, "adapters", "target heads") if found[part]["all"]}
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def vision_pass(backbone: Backbone, grid: tuple[int, int], mode: FakeTensorMode, precision: str) -> dict[str, int]:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 
 from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone
 from laavit.backbones.chat import PromptSettings, SequenceBuilder
-from laavit.backbones.loading import ATTENTIONS
+from laavit.backbones.loading import ATTENTIONS, check_shapes
 from laavit.latents import NO_LATENTS, latent_tokens
 from laavit.registry import STUDENTS, UserError, nearest
 from laavit.structures import Batch
-
-#: Names of parts that can be frozen, and the parameters they stand for.
-PARTS = {
-    "vision": r"(^|\.)(visual|vision_tower|vision_model)\.",
-    "embeddings": r"(^|\.)embed_tokens\.",
-    "head": r"(^|\.)lm_head\.",
-    "decoder": r"(^|\.)language_model\.layers\.",
-}
+from laavit.students.freezing import freeze as freeze_parts
+from laavit.students.freezing import keep_rows_alive, parameters_of, tables
+from laavit.students.lora import Adapters, LoraSettings, base_of
 
 
 @STUDENTS.register_module()
@@ -33,12 +29,17 @@ class HFStudent(nn.Module):
     Args:
         path: folder, hub name or ``zoo:NAME``.
         dtype: of the weights; 'float32' with bf16 autocast is the safe choice for full fine-tuning.
-        freeze: parts that do not learn: 'vision', 'embeddings' (latent rows still learn), 'head', 'decoder', or regular
-            expressions over parameter names (``layers\\.[01]\\.`` freezes the first two layers).
+        freeze: parts that do not learn: 'vision', 'tower', 'projector', 'embeddings', 'head', 'decoder'
+            (docs/students.md says what each is), or regular expressions over parameter names (``layers\\.[01]\\.``: the
+            first two layers). The latents' rows of frozen embeddings and of a frozen head learn all the same.
         attention: of the text decoder: 'laavit', on SDPA, or 'laavit_flex', on FlexAttention: there a gate needs no
             mask, and training needs a GPU.
         min_pixels, max_pixels: images are scaled to lie between; None keeps the processor's own bound.
+        lora: adapters in place of the language model's own weights, see ``LoraSettings``; None trains the weights.
     """
+
+    adapters: Adapters | None = None
+    base_sha256: str | None = None
 
     def __init__(
         self,
@@ -48,55 +49,81 @@ class HFStudent(nn.Module):
         attention: str = "laavit",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        lora: LoraSettings | None = None,
     ) -> None:
         super().__init__()
+        lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
         if attention not in ATTENTIONS:  # another one would leave the gate and the targets' rows out
             raise UserError(f"attention: got '{attention}'; {nearest(attention, ATTENTIONS)}")
         backbone = Backbone.load(path, dtype, attention=attention, min_pixels=min_pixels, max_pixels=max_pixels)
-        self._take(backbone, path, freeze)
+        self._take(backbone, path, freeze, lora)
+        if lora is not None:  # before latents change them
+            self.base_sha256 = backbone.weights_digest()
 
     @classmethod
-    def of(cls, backbone: Backbone, path: str, freeze: Sequence[str]) -> HFStudent:
+    def of(cls, backbone: Backbone, path: str, freeze: Sequence[str], lora: LoraSettings | None = None) -> HFStudent:
         """A student around a backbone that is there already, for example one of shapes only (``laavit plan``)."""
         student = cls.__new__(cls)
         nn.Module.__init__(student)
-        student._take(backbone, path, freeze)
+        student._take(backbone, path, freeze, lora)
         return student
 
-    def _take(self, backbone: Backbone, path: str, freeze: Sequence[str]) -> None:
+    def _take(self, backbone: Backbone, path: str, freeze: Sequence[str], lora: LoraSettings | None) -> None:
         self.path, self.freeze, self.layout = path, tuple(freeze), NO_LATENTS
         self.backbone, self.model = backbone, backbone.model
+        self.lora = lora
 
     def setup(self, latents: Any | None, generator: torch.Generator) -> None:
-        """Add the latents' tokens and rows, then freeze what the recipe freezes.
+        """Add the latents' tokens and rows, freeze what the recipe freezes, then add adapters.
 
         Raises:
-            UserError: a name to freeze fits no parameter.
+            UserError: a name to freeze fits no parameter, or one of adapters' targets no linear layer.
         """
         if latents is not None:
             latents.add_to(self.model, self.backbone.tokenizer, generator)
             self.layout = latents.layout
-        names = [name for name, _ in self.model.named_parameters()]
-        for part in self.freeze:
-            try:
-                pattern = re.compile(PARTS.get(part, part))
-            except re.error as error:
-                raise UserError(f"freeze: '{part}' is neither a part nor a regular expression ({error})") from None
-            if part != "head" and not any(pattern.search(name) for name in names):  # a tied head has no parameter
-                raise UserError(f"freeze: '{part}' fits no parameter of {self.path}; parts: {', '.join(PARTS)}")
-            for name, parameter in self.model.named_parameters():
-                if pattern.search(name):
-                    parameter.requires_grad_(False)
-        if self.latents and "embeddings" in self.freeze:
-            self._keep_latent_rows_alive()
+        freeze_parts(self.backbone, self.freeze, self.path)
+        rows = self.backbone.tokenizer.convert_tokens_to_ids(latent_tokens(self.latents))
+        if self.lora is not None:
+            self.adapters = Adapters(self.backbone, self.lora, rows, generator, self.path, self.base_sha256)
+        elif rows:
+            for part, table in tables(self.backbone).items():
+                if part in self.freeze:
+                    keep_rows_alive(table, rows)
 
-    def _keep_latent_rows_alive(self) -> None:
-        """Frozen embeddings: only the latents' and the separator's rows get a gradient."""
-        weight = self.model.get_input_embeddings().weight  # type: ignore[operator]
-        ids = torch.tensor(self.backbone.tokenizer.convert_tokens_to_ids(latent_tokens(self.latents)))
-        keep = torch.zeros(weight.shape[0], 1, dtype=weight.dtype).index_fill_(0, ids, 1)
-        weight.requires_grad_(True)
-        weight.register_hook(lambda gradient: gradient * keep.to(gradient.device))
+    def learns(self, part: str) -> bool:
+        """Whether anything of a part (``laavit.students.freezing.PARTS``) learns, adapters in it included."""
+        return any(parameter.requires_grad for parameter in parameters_of(part, self.backbone))
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder; with adapters: what was trained alone, and which base it belongs to."""
+        if self.adapters is None:
+            self.backbone.save(folder)
+        else:
+            self.adapters.save(folder)
+            self.backbone.processor.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote, into a student that is set up by the same recipe.
+
+        Raises:
+            UserError: a file is missing, it holds other parameters, or its adapters belong to another base.
+        """
+        if bool(base_of(folder)) != (self.adapters is not None):
+            found, own = ("adapters", "none") if self.adapters is None else ("whole weights", "adapters (lora)")
+            raise UserError(f"the checkpoint {folder} holds {found}, and this student has {own}")
+        if self.adapters is not None:
+            self.adapters.load(folder)
+            return
+        loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=next(self.model.parameters()).dtype)
+        check_shapes(folder, self.model.state_dict(), loaded.state_dict())
+        self.model.load_state_dict(loaded.state_dict())
+
+    def merge(self) -> None:
+        """Make adapters part of the weights: afterwards ``save`` writes a plain Hugging Face folder."""
+        if self.adapters is not None:
+            self.adapters.merge()
+            self.adapters = None
 
     @property
     def latents(self) -> int:

@@ -141,5 +141,14 @@ class Family:
     def vision_tower(self, model: Any) -> nn.Module:
         raise TypeError(f"{type(self).__name__} must define vision_tower(model)")
 
+    def projector(self, model: Any) -> list[nn.Module | nn.Parameter]:
+        """What stands between tower and decoder: here, whatever the model has beside the two.
+
+        A family whose tower holds it says which modules of the tower it is.
+        """
+        apart = (self.vision_tower(model), self.decoder(model))
+        beside = [child for child in model.model.children() if child not in apart]
+        return [*beside, *model.model.parameters(recurse=False)]
+
     def decoder(self, model: Any) -> nn.Module:
         raise TypeError(f"{type(self).__name__} must define decoder(model)")

@@ -79,6 +79,11 @@ class QwenVL(Family):
     def vision_tower(self, model: Any) -> nn.Module:
         return model.model.visual
 
+    def projector(self, model: Any) -> list[nn.Module | nn.Parameter]:
+        """The mergers, which are part of the tower."""
+        visual = model.model.visual
+        return [visual.merger, *getattr(visual, "deepstack_merger_list", ())]
+
     def decoder(self, model: Any) -> nn.Module:
         return model.model.language_model
 
