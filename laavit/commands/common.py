@@ -39,7 +39,11 @@ def recipe_parser(prog: str, description: str) -> Parser:
 
 
 def parse_recipe(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe | None]:
-    """The command's own flags and the recipe with its overrides; None where help or the configuration was printed."""
+    """The command's own flags and the recipe with its overrides; None where help or the configuration was printed.
+
+    Raises:
+        UserError: the recipe is not right, or its parts do not fit one another.
+    """
     options, overrides = parser.parse_known_args(list(argv))
     if options.help and options.recipe is None:
         parser.print_help()
@@ -51,6 +55,9 @@ def parse_recipe(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespac
         parser.print_help()
         sys.stdout.write("\nkeys of this recipe:\n" + recipe_flags(recipe))
         return options, None
+    from laavit.compatibility import check
+
+    check(recipe)
     if options.print_config:
         sys.stdout.write(recipe.text() + "\n")
         return options, None

@@ -51,6 +51,9 @@ class Extractor(Protocol):
 class Teacher(Protocol):
     """A frozen model by name.
 
+    A class may say ``static = True`` (it sees no words), and have a class method ``check_settings(settings)``, which
+    refuses an extraction that it cannot follow before anything is loaded.
+
     Attributes:
         path: the folder or the name that it was read from.
     """

@@ -81,12 +81,9 @@ class LaViT15kFeatures:
             "width": self.width,
         }
 
-    def extractor(self, settings: ExtractSettings) -> OfficialExtractor:
-        """Reads samples; settings that the recorded files cannot follow are refused.
-
-        Raises:
-            UserError: a setting asks for what was not recorded.
-        """
+    @classmethod
+    def check_settings(cls, settings: ExtractSettings) -> None:
+        """Raises: UserError: a setting asks for what was not recorded."""
         for name, recorded in RECORDED.items():
             if getattr(settings, name) != recorded:
                 raise UserError(f"extract.{name}: the published features were recorded with {recorded}")
@@ -94,6 +91,14 @@ class LaViT15kFeatures:
         for name, value in fixed.items():
             if getattr(settings, name) != value:
                 raise UserError(f"extract.{name}: the published features allow {value!r} alone")
+
+    def extractor(self, settings: ExtractSettings) -> OfficialExtractor:
+        """Reads samples; settings that the recorded files cannot follow are refused.
+
+        Raises:
+            UserError: a setting asks for what was not recorded.
+        """
+        self.check_settings(settings)
         return OfficialExtractor(OfficialPreparer(self, settings))
 
 

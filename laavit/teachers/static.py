@@ -100,6 +100,9 @@ class StaticEncoder:
         dtype: of the weights. device: 'auto' takes a GPU where there is one.
     """
 
+    #: it sees no words: a store's header says so, too
+    static = True
+
     def __init__(
         self, path: str, package: str, tower: Tower, preparer: PicturePreparer, dtype: str, device: str
     ) -> None:
@@ -107,6 +110,14 @@ class StaticEncoder:
         self.device = torch.device(("cuda" if cuda.is_available() else "cpu") if device == "auto" else device)
         self.dtype = dtype_of(dtype)
         tower.model.to(self.device, self.dtype)
+
+    @classmethod
+    def check_settings(cls, settings: ExtractSettings) -> None:
+        """Raises: UserError: the settings ask for what needs words."""
+        if settings.steps != "none":
+            raise UserError(f"extract.steps: '{settings.steps}' needs an answer, and a static encoder gives none")
+        if settings.blind is not None:
+            raise UserError("extract.blind: a static encoder answers no question, with or without the image")
 
     def card(self) -> dict[str, Any]:
         """What a store's header says; ``static`` is the query whose attention the gaze is."""
@@ -145,10 +156,7 @@ class StaticExtractor:
 
     def __init__(self, teacher: StaticEncoder, settings: ExtractSettings) -> None:
         self.teacher, self.settings, self.preparer = teacher, settings, teacher.preparer
-        if settings.steps != "none":
-            raise UserError(f"extract.steps: '{settings.steps}' needs an answer, and a static encoder gives none")
-        if settings.blind is not None:
-            raise UserError("extract.blind: a static encoder answers no question, with or without the image")
+        teacher.check_settings(settings)
         unread = [name for name in WORDS if getattr(settings, name) != getattr(ExtractSettings(), name)]
         if unread:
             logger.info("a static encoder reads no words: extract.%s do not apply", ", ".join(unread))

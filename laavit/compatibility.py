@@ -1,0 +1,347 @@
+"""Which parts of a recipe fit together, told from the recipe alone: before any weights are read, with the reason.
+
+``check`` builds the cheap parts (latents, gate, targets: their constructors take a recipe's arguments only) and asks
+every rule of ``RULES``. Rules read what parts say of themselves (``Target.needs_latents``, ``Target.rows``,
+``Family.takes_features``, ...), never their class, so that parts of a user's own take part. What hangs on sizes is
+asked of the targets' own ``setup``, with the sizes that are at hand (``Parts``). A rule refuses what cannot train, or
+would train without effect; what needs the data or the weights is refused where these are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
+
+from laavit.backbones.base import Backbone
+from laavit.backbones.chat import PromptSettings
+from laavit.backbones.configs import known_config
+from laavit.backbones.families import family_class
+from laavit.backbones.loading import read_processor
+from laavit.backbones.vision_cache import check_frozen
+from laavit.flex_attention import FLEX
+from laavit.gates import Gate
+from laavit.latents import NO_LATENTS, LatentLayout
+from laavit.recipe import COMPONENTS, Recipe, zoo_path
+from laavit.registry import KINDS, UserError
+from laavit.targets.base import Target
+from laavit.traces.judging import check as check_filters
+from laavit.traces.shards import read_header
+
+logger = logging.getLogger(__name__)
+
+#: a gate's path -> the kinds of rows (``laavit.backbones.rows``) that look along it and along no other
+LOOKING = {
+    "answer->image": {"separator", "answer"},
+    "question->image": {"question", "header"},
+    "latent->image": {"latents"},
+}
+#: stands for the depth of a decoder whose configuration is not at hand
+DEEP = 10_000
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The cheap parts of a recipe, built, and what is known of the others.
+
+    Args:
+        gate: told the length of the run; None where there is none.
+        layout: of the latents. targets: by name.
+        prompt, traces, extract, train: the recipe's settings.
+    """
+
+    recipe: Recipe
+    layout: LatentLayout
+    gate: Gate | None
+    targets: Mapping[str, Target]
+    prompt: PromptSettings
+    traces: Any
+    extract: Any
+    train: Any
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Parts:
+        """Raises: UserError: a part refuses its arguments."""
+        settings = {name: recipe.build(name) for name in ("prompt", "traces", "extract", "train")}
+        gate = recipe.build("gate") if recipe.has("gate") else None
+        if gate is not None:
+            gate.set_run(settings["train"].steps)
+        return cls(
+            recipe=recipe,
+            layout=recipe.build("latents").layout if recipe.has("latents") else NO_LATENTS,
+            gate=gate,
+            targets={name: recipe.build(f"targets.{name}") for name in recipe.config["targets"]},
+            **settings,
+        )
+
+    def kind(self, key: str) -> Any:
+        """The class of a component; None where the recipe leaves it out."""
+        return KINDS[COMPONENTS[key]].find(self.recipe.config[key]["type"]) if self.recipe.has(key) else None
+
+    def config(self, key: str) -> PreTrainedConfig | None:
+        """The configuration of the student's or the teacher's model, as far as it is at hand."""
+        path = self.recipe.arguments(key).get("path")
+        return known_config(path) if path is not None and not getattr(self.kind(key), "static", False) else None
+
+    @cached_property
+    def student(self) -> PreTrainedConfig | None:
+        return self.config("student")
+
+    @cached_property
+    def teacher(self) -> PreTrainedConfig | None:
+        return self.config("teacher")
+
+    def header(self, store: str | None) -> dict[str, Any] | None:
+        """What the header of a trace store says, or will say once the recipe's teacher has written it.
+
+        None where it is not known: there is neither a store yet nor a teacher, or the store is one of another recipe.
+
+        Args:
+            store: a target's own; None is the run's.
+        """
+        path = store or self.traces.path
+        found = read_header(Path(path)) if path is not None and not path.startswith("hf://") else None
+        if found is not None:
+            return found.content
+        if store is not None or not self.recipe.has("teacher"):
+            return None
+        text = self.teacher.get_text_config() if self.teacher is not None else None
+        kind = {"static": "cls"} if getattr(self.kind("teacher"), "static", False) else {}
+        return {
+            "teacher": self.recipe.arguments("teacher").get("path"),
+            "width": text.hidden_size if text is not None else self.recipe.arguments("teacher").get("width", 1),
+            "gaze_top_k": self.extract.gaze_top_k,
+            "settings": self.extract.card(),
+            **kind,
+        }
+
+
+def parts_are_known(parts: Parts) -> None:
+    """A model whose configuration is at hand is of a family that laavit knows."""
+    for key in ("student", "teacher"):
+        config: PreTrainedConfig | None = getattr(parts, key)
+        if config is not None:
+            try:
+                family_class(config.model_type)
+            except UserError as error:
+                raise UserError(f"{key}.path: {error}") from None
+
+
+def adapters_learn(parts: Parts) -> None:
+    """LoRA's adapters do not sit in a part that the recipe freezes."""
+    student = parts.recipe.arguments("student")
+    if not student.get("lora"):
+        return
+    targets = student["lora"]["targets"]
+    both = sorted({targets} if isinstance(targets, str) else set(targets) & set(student["freeze"]))
+    if both:
+        raise UserError(
+            f"student.freeze: '{both[0]}' is frozen, and student.lora puts adapters into it that learn; "
+            "leave it out of one of them (beside adapters the decoder's own weights do not learn anyway)"
+        )
+
+
+def flex_has_a_gpu(parts: Parts) -> None:
+    """FlexAttention has no backward pass on the CPU."""
+    if parts.recipe.arguments("student").get("attention") == FLEX and parts.train.device == "cpu":
+        raise UserError(
+            f"student.attention: '{FLEX}' trains on a GPU alone, and train.device is 'cpu'; take 'laavit' there"
+        )
+
+
+def latents_are_there(parts: Parts) -> None:
+    """What reads or gates latents has some."""
+    if parts.layout.most:
+        return
+    for name, target in parts.targets.items():
+        if target.needs_latents:
+            instead = "; without latents align the rows 'header' and 'answer'" if target.rows else ""
+            raise UserError(
+                f"targets.{name}: it reads the latents, and this recipe has no latents; name some, for example "
+                f"latents='learned', or leave the target out{instead}"
+            )
+    for gate in parts.gate.parts().values() if parts.gate is not None else ():
+        if "latent->image" in gate.paths:
+            raise UserError(
+                "gate: the path latent->image is the latents', and this recipe has none; leave the path out"
+            )
+
+
+def gate_fits(parts: Parts) -> None:
+    """A gate is between 0 and 1 when the run begins and when it ends, on layers that the student has."""
+    for gate in parts.gate.parts().values() if parts.gate is not None else ():
+        for step in (0, parts.train.steps - 1):
+            try:
+                gate.bias(step)
+            except UserError as error:
+                raise UserError(f"gate: {error}") from None
+        if parts.student is not None:
+            try:
+                gate.layers_of(parts.student.get_text_config().num_hidden_layers)
+            except UserError as error:
+                raise UserError(f"gate.{error}") from None
+
+
+def question_sees_the_image(parts: Parts) -> None:
+    """In a causal decoder a question that stands before the image cannot look at it."""
+    if parts.prompt.order != "question_first":
+        return
+    for name, target in parts.targets.items():
+        if "question" in target.rows:
+            raise UserError(
+                f"targets.{name}: with prompt.order 'question_first' the question stands before the image and cannot "
+                "look at it; align 'header', 'answer' or the latents"
+            )
+    if parts.gate is not None and all(gate.paths == ("question->image",) for gate in parts.gate.parts().values()):
+        logger.warning(
+            "gate: with prompt.order 'question_first' the question stands before the image and cannot look at it "
+            "anyway; the path question->image closes the chat markup after the image, and no more"
+        )
+
+
+def rows_are_not_closed(parts: Parts) -> None:
+    """Attention that a gate forbids throughout the run cannot follow anything."""
+    if parts.gate is None:
+        return
+    steps = range(parts.train.steps)
+    shut = [gate for gate in parts.gate.parts().values() if all(gate.gamma(step) == 0.0 for step in steps)]
+    depth = parts.student.get_text_config().num_hidden_layers if parts.student is not None else DEEP
+    for name, target in parts.targets.items():
+        for gate in shut:
+            layers = gate.layers_of(depth)
+            closed = set().union(*(LOOKING[path] for path in gate.paths))
+            if parts.layout.most and "answer->image" in gate.paths:
+                closed.add("predicting")  # the separator and the answer; without latents the header's last token, too
+            hit = sorted(closed & set(target.rows))
+            if hit and (layers is None or set(target.own_layers(depth)) <= layers):
+                raise UserError(
+                    f"targets.{name}: it aligns the attention of the rows '{hit[0]}', and the gate keeps them from the "
+                    "image throughout the run; choose a gate that opens, or other rows"
+                )
+
+
+def traces_are_named(parts: Parts) -> None:
+    """Who needs traces says where they are."""
+    if parts.traces.path is not None:
+        return
+    if parts.traces.select:
+        raise UserError(f"traces.select: it names {', '.join(parts.traces.select)}, but traces.path is not given")
+    for name, target in parts.targets.items():
+        if target.needs_trace and target.store is None:
+            raise UserError(
+                f"targets.{name}: it needs a teacher's traces; give traces.path (tools/extract.py makes them), or a "
+                "store of its own where it takes one"
+            )
+
+
+def boxes_are_there(parts: Parts) -> None:
+    """Who needs boxes has data with boxes."""
+    has_boxes = getattr(parts.kind("data"), "has_boxes", None)
+    if has_boxes is None or has_boxes(parts.recipe.arguments("data")):
+        return
+    for name, target in parts.targets.items():
+        if target.needs_boxes:
+            raise UserError(f"targets.{name}: it needs boxes, and the data have none (data.columns names no 'boxes')")
+
+
+def batch_is_large_enough(parts: Parts) -> None:
+    """Who compares the samples of a micro-batch with each other has several."""
+    train = parts.train
+    size = train.batch_size // train.accumulate
+    for name, target in parts.targets.items():
+        if size < target.min_batch and not train.grouped:
+            raise UserError(
+                f"targets.{name}: it compares {target.min_batch} or more samples of a micro-batch with each other, and "
+                f"train.batch_size {train.batch_size} / train.accumulate {train.accumulate} leaves {size}"
+            )
+
+
+def teacher_gives_it(parts: Parts) -> None:
+    """The teacher has what the extraction reads off it, and the filters what they judge; where traces are not there."""
+    if not parts.recipe.has("teacher"):
+        return
+    check_settings = getattr(parts.kind("teacher"), "check_settings", None)
+    if check_settings is not None:
+        check_settings(parts.extract)
+    if parts.teacher is not None:
+        text = parts.teacher.get_text_config()
+        parts.extract.pairs(text.num_hidden_layers, text.num_attention_heads)
+        parts.extract.depths(text.num_hidden_layers)
+    path = parts.traces.path
+    if path is None or path.startswith("hf://") or read_header(Path(path)) is not None:
+        return
+    header = parts.header(None)
+    assert header is not None, "there is a teacher"
+    names = parts.recipe.config["filters"]
+    check_filters({name: parts.recipe.build(f"filters.{name}") for name in names}, header)
+
+
+def targets_fit(parts: Parts) -> None:
+    """What targets themselves say of the student's and the traces' sizes and settings, as far as these are known."""
+    text = parts.student.get_text_config() if parts.student is not None else None
+    width, depth = (text.hidden_size, text.num_hidden_layers) if text is not None else (1, DEEP)
+    for name, target in parts.targets.items():
+        header = parts.header(target.store) if target.needs_trace else {}
+        if header is None:
+            continue
+        with torch.random.fork_rng(devices=[]):
+            try:
+                target.setup(width, depth, parts.layout.most, header)
+            except UserError as error:
+                raise UserError(f"targets.{name}: {error}") from None
+
+
+def cached_features_stay_true(parts: Parts) -> None:
+    """Image features are kept of a family that takes them back, and of a tower and a projector that do not learn."""
+    if parts.traces.vision_cache is None or parts.student is None:
+        return
+    family = family_class(parts.student.model_type)
+    if not family.takes_features:
+        raise UserError(f"traces.vision_cache: the family {family.__name__} takes no cached image features")
+    given, shapes = parts.recipe.arguments("student"), getattr(parts.kind("student"), "of", None)
+    path = str(given["path"])
+    if shapes is None or not Path(zoo_path(path)).is_dir():  # its processor may be nowhere yet
+        return
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(parts.student)
+    student = shapes(Backbone(model, read_processor(path)), path, given.get("freeze", ()))
+    try:
+        student.setup(None, torch.Generator())
+        check_frozen(student.backbone)
+    except UserError as error:
+        raise UserError(f"traces.vision_cache: {error} (student.freeze)") from None
+
+
+#: in this order: what comes first is said first
+RULES: tuple[Callable[[Parts], None], ...] = (
+    parts_are_known,
+    adapters_learn,
+    flex_has_a_gpu,
+    latents_are_there,
+    gate_fits,
+    question_sees_the_image,
+    rows_are_not_closed,
+    traces_are_named,
+    boxes_are_there,
+    batch_is_large_enough,
+    teacher_gives_it,
+    targets_fit,
+    cached_features_stay_true,
+)
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a recipe whose parts do not fit one another, before any weights are read.
+
+    Raises:
+        UserError: it starts with the recipe's key, and says what does not fit what.
+    """
+    parts = Parts.of(recipe)
+    for rule in RULES:
+        rule(parts)
