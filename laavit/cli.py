@@ -20,6 +20,7 @@ COMMANDS = {
     "extract": ("extract", "write a teacher's traces"),
     "eval": ("evaluate", "answer benchmark questions through lmms-eval"),
     "export": ("export", "write a run as a stock Hugging Face folder"),
+    "import": ("import_checkpoint", "a checkpoint of another layout as a stock Hugging Face folder"),
     "traces": ("traces", "read, check, plot, filter, subset, join and share traces"),
     "gaze": ("gaze", "where models look, on samples with boxes"),
     "report": ("report", "tables, curves and gaze maps of runs as one page"),

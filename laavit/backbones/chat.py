@@ -201,7 +201,9 @@ class SequenceBuilder:
     def _text(self, chat: list[dict[str, Any]], open_turn: bool = False) -> str:
         """A chat as text, with the assistant's header unless the turn is left open."""
         text: str = self.processor.apply_chat_template(chat, add_generation_prompt=not open_turn, tokenize=False)
-        return text.removesuffix("".join(latent_tokens(self.layout.most)))  # an exported template writes them itself
+        for token in reversed(latent_tokens(self.layout.most)):  # an exported template writes them itself
+            text = text.removesuffix(token)
+        return text
 
     def _processed(
         self, sample: Sample, text: str, pictures: Sequence[Image.Image]
