@@ -36,6 +36,7 @@ class LatentLayout:
         feedback: the decoder reads the state of the position before in place of a latent token's embedding.
         scale: of a state that is fed back: 'none', or 'vocabulary' (the root mean square of the input embeddings).
         seed: fixes the number of each sample.
+        emit_weight: of the cross-entropy on what is emitted, beside the answer's.
     """
 
     most: int = 0
@@ -44,6 +45,12 @@ class LatentLayout:
     feedback: bool = False
     scale: str = "none"
     seed: int = 0
+    emit_weight: float = 1.0
+
+    @property
+    def written(self) -> int:
+        """How many tokens the model writes before an answer, at most: the latents and the separator, or none."""
+        return self.most + 1 if self.emitted and self.most else 0
 
     @property
     def varies(self) -> bool:
@@ -73,6 +80,7 @@ class LearnedLatents:
             start alike can become different.
         emitted: the model writes the latent tokens itself, and they carry a cross-entropy loss as the answer does.
         seed: fixes the number of latents of each sample, where it varies.
+        emit_weight: of that loss in the total; the answer's has weight 1, and each is a mean over its own tokens.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class LearnedLatents:
         noise: float = 0.1,
         emitted: bool = False,
         seed: int = 0,
+        emit_weight: float = 1.0,
     ) -> None:
         least, most = (count, count) if isinstance(count, int) else count
         if least < 1:
@@ -90,7 +99,9 @@ class LearnedLatents:
             raise UserError(f"latents.count is (fewest, most), got {count}")
         if noise < 0:
             raise UserError(f"latents.noise is not negative, got {noise}")
-        self.layout = LatentLayout(most, least, emitted, seed=seed)
+        if not emit_weight > 0:
+            raise UserError(f"latents.emit_weight is above 0, got {emit_weight}; emitted latents are learned")
+        self.layout = LatentLayout(most, least, emitted, seed=seed, emit_weight=emit_weight)
         self.init, self.noise = init, noise
 
     def add_to(self, model: Any, tokenizer: Any, generator: torch.Generator) -> None:

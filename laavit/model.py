@@ -16,7 +16,7 @@ from laavit.attention import AttentionContext, GatePath
 from laavit.backbones.chat import IGNORED
 from laavit.backbones.embeddings import input_embeddings
 from laavit.backbones.loading import check_shapes
-from laavit.backbones.rows import row_positions
+from laavit.backbones.rows import ROW_KINDS, emits, row_positions
 from laavit.data.aligned import header_of
 from laavit.gates import PATHS, Gate
 from laavit.registry import UserError
@@ -70,12 +70,20 @@ def gate_paths(gate: Gate | None, step: int, batch: Batch, depth: int) -> tuple[
     )
 
 
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of [M, V] and long [M], at least in float32: a scalar."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+
 class LaViT(BaseModel):
     """L = L_ntp + sum(weight * target) (Eq. 9), under the gate's bias at the current step.
 
+    Where the student writes its latents itself, their cross-entropy joins as a term of its own: L_ntp stays the mean
+    over the answer, whatever the number of latents.
+
     Args:
-        student: an HFStudent (or any module with ``forward(batch, context) -> hidden``, ``backbone``, ``save`` and
-            ``load``).
+        student: an HFStudent (or any module with ``forward(batch, context) -> hidden``, ``backbone``, ``layout``,
+            ``save`` and ``load``).
         gate: None is an open gate.
         targets: by the name under which each is logged.
     """
@@ -108,16 +116,20 @@ class LaViT(BaseModel):
         return AttentionContext(paths=paths, rows=rows, layers=layers, num_layers=depth), positions
 
     def observe(self, batch: Batch) -> StudentOutput:
-        """One pass of the student: states, logits at the labels alone, recorded rows, what targets ask for beside."""
+        """One pass of the student: states, logits where labels are, recorded rows, what targets ask for beside."""
         context, positions = self.context(batch)
         backbone, looking = self.student.backbone, any(t.needs_embeddings for t in self.named_targets.values())
         with input_embeddings(backbone.family.decoder(backbone.model) if looking else None) as seen:
             hidden = self.student(batch, context)
-        asked = batch.labels != IGNORED
-        logits = backbone.logits(hidden[asked])
+        answers = ROW_KINDS["predicting"](batch)
+        logits, emitted = backbone.logits(hidden[answers]), None
+        if self.student.layout.emitted:
+            written = (batch.labels != IGNORED) & emits(batch.roles)
+            emitted = backbone.logits(hidden[written]), batch.labels[written]
         rows = context.recorded if context is not None else {}
         # The first pass holds the images, whatever passes latents add.
-        return StudentOutput(hidden, logits, batch.labels[asked], rows, positions, seen[0] if seen else None)
+        looked = seen[0] if seen else None
+        return StudentOutput(hidden, logits, batch.labels[answers], rows, positions, looked, emitted)
 
     def forward(self, batch: Batch, mode: str = "loss") -> dict[str, Tensor]:  # type: ignore[override]
         """The losses of a batch: ``loss`` is the total, every other key a logged figure of its own name."""
@@ -125,9 +137,11 @@ class LaViT(BaseModel):
             raise ValueError(f"LaViT trains with mode='loss', got '{mode}'; use generate or observe otherwise")
         batch = batch.to(self.student.backbone.device)
         output = self.observe(batch)
-        kind = torch.promote_types(output.logits.dtype, torch.float32)
-        ntp = F.cross_entropy(output.logits.to(kind), output.labels)
+        ntp = next_token_loss(output.logits, output.labels)
         total, logged = ntp, {"ntp": ntp}
+        if output.emitted is not None:
+            logged["emit"] = next_token_loss(*output.emitted)
+            total = total + self.student.layout.emit_weight * logged["emit"]
         for name, target in self.named_targets.items():
             logged[name] = target(output, batch.roles, batch.targets[name])
             total = total + target.weight * logged[name]

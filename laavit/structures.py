@@ -209,11 +209,13 @@ class StudentOutput:
 
     Args:
         hidden: [B, S, D], after the decoder's final norm.
-        logits: [M, V] at the labelled positions of the whole batch, in row-major order. labels: long [M].
+        logits: [M, V] at the positions of the whole batch that predict answers, in row-major order. labels: long [M].
         rows: recorded attention rows by layer, [B, R, S] each.
         row_positions: the query positions of each kind of row, long [B, R_kind], -1 pads; the kinds stand in ``rows``
             one after another in this order.
         embeddings: what enters the decoder, [B, S, D], where a target asks for it: at image positions the patches.
+        emitted: the same as logits and labels, ([E, V], long [E]), of latents and separators that the student writes
+            itself; None where the prompt holds them.
     """
 
     hidden: Tensor
@@ -222,3 +224,4 @@ class StudentOutput:
     rows: dict[int, Tensor] = field(default_factory=dict)
     row_positions: dict[str, Tensor] = field(default_factory=dict)
     embeddings: Tensor | None = None
+    emitted: tuple[Tensor, Tensor] | None = None

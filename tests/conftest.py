@@ -195,16 +195,17 @@ class Lab:
 
     def student(
         self,
-        latents: int = 4,
+        latents: int | tuple[int, int] = 4,
         freeze: Sequence[str] = ("vision",),
         folder: Path | None = None,
         dtype: str = "float64",
         init: str = "mean",
         noise: float = 0.5,
+        **given: Any,
     ) -> HFStudent:
         student = HFStudent(str(folder or self.folder), dtype, freeze)
         generator = torch.Generator().manual_seed(3)
-        student.setup(LearnedLatents(latents, init, noise) if latents else None, generator)
+        student.setup(LearnedLatents(latents, init, noise, **given) if latents else None, generator)
         return student
 
     def model(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from laavit.backbones import PromptSettings
 from laavit.backbones.vision_cache import VisionCache
 from laavit.gates import ConstantGate, CosineGate, Gate
+from laavit.latents import latent_tokens
 from laavit.model import LaViT
 from laavit.registry import UserError
 from laavit.structures import Batch, Role, Sample
@@ -104,6 +105,40 @@ def test_total_loss_equals_equation_9_under_the_gate(lab: Any, samples: list[Sam
         )
     for name, gradient in heads.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-8, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+def test_emitted_latents_carry_a_loss_of_their_own(lab: Any, samples: list[Sample], weight: float) -> None:
+    """L = L_ntp + weight * L_emit, each a mean over its own tokens, written out over an eager twin's logits."""
+    model = lab.model({}, student=lab.student((1, 4), emitted=True, seed=1, emit_weight=weight))
+    batch, tokenizer = lab.batch(model, samples), model.student.backbone.tokenizer
+    losses, twin = run(model, batch), lab.eager(model)
+    logits = twin(input_ids=batch.input_ids, position_ids=batch.position_ids, **batch.vision).logits.log_softmax(-1)
+    answers, latents = [], []
+    for b, (sample, count) in enumerate(zip(samples, (3, 1, 4), strict=True)):
+        begin = batch.headers[b][1]
+        written = tokenizer.convert_tokens_to_ids([*latent_tokens(4)[:count], "<|latent_end|>"])
+        words = [*tokenizer.encode(sample.answer), twin.generation_config.eos_token_id]
+        assert batch.input_ids[b, begin : begin + len(written) + len(words)].tolist() == written + words
+        for i, token in enumerate(written + words):
+            (latents if i < len(written) else answers).append(-logits[b, begin + i - 1, token])
+    ntp, emit = sum(answers) / len(answers), sum(latents) / len(latents)
+    torch.testing.assert_close(losses["ntp"], ntp.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(losses["emit"], emit.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(losses["loss"], ntp + weight * emit, rtol=1e-10, atol=1e-12)
+    found = gradients(model, losses["loss"])
+    expected = torch.autograd.grad(ntp + weight * emit, twin.get_input_embeddings().weight)[0]
+    own = next(g for name, g in found.items() if name.endswith("embed_tokens.weight"))
+    torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_a_gate_treats_emitted_latents_as_forced_ones(lab: Any, samples: list[Sample]) -> None:
+    """Same positions, same paths: the answer's loss is equal to the last bit, under any gate."""
+    gate, found = ConstantGate(0.3), []
+    for emitted in (False, True):
+        model = lab.model({}, gate, lab.student(4, emitted=emitted))
+        found.append(run(model, lab.batch(model, samples))["ntp"])
+    assert torch.equal(*found)
 
 
 def test_only_the_total_carries_a_gradient(lab: Any, samples: list[Sample]) -> None:

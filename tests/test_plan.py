@@ -106,6 +106,17 @@ def test_what_an_extraction_records_is_planned(tiny_folder: Path) -> None:
         planning.shape_models(recipe_of(tiny_folder, targets={"trajectory": "trajectory_steps"}))
 
 
+def test_emitted_latents_of_varying_number_are_planned_at_their_most(tiny_folder: Path) -> None:
+    """The sequence of the largest number; logits of what is emitted come on top of the answer's."""
+    forced, emitted = (
+        recipe_of(tiny_folder, latents={"name": "learned", "count": [2, 5], "emitted": each}) for each in (False, True)
+    )
+    steps = [planning.make_plan(recipe, LOAD)["step"] for recipe in (forced, emitted)]
+    assert steps[0]["sequence"] == steps[1]["sequence"]
+    assert steps[1]["logits"] * LOAD.answer == steps[0]["logits"] * (LOAD.answer + 6)
+    assert steps[1]["losses"] == ["ntp", "emit", *steps[0]["losses"][1:]]
+
+
 def test_a_full_embedding_grows_by_latents_and_separator(tiny_folder: Path, tmp_path: Path) -> None:
     """A folder with a configuration alone: every row counts as taken."""
     shutil.copy(tiny_folder / "config.json", tmp_path)
@@ -155,7 +166,7 @@ def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def measured_step(model: LaViT, shaped: planning.Shaped, size: int, precision: str) -> int:
     """The highest number of bytes that PyTorch's CPU allocator held during one real step, over what it held before."""
     backbone = model.student.backbone
-    item = planning.example(backbone, shaped.grid("student", shaped.plan), model.student.latents, LOAD)
+    item = planning.example(backbone, shaped.grid("student", shaped.plan), model.student.layout, LOAD)
     features = torch.randn(item.spans[0].tile.cells, backbone.width)
     batch = collate([replace(item, features=features)] * size, backbone.family, 0)
     batch.targets = planning.prepared_targets(shaped, item, size)

@@ -22,6 +22,11 @@ def _separator(batch: Batch) -> Tensor:
     return answer & (answer.cumsum(1) == 1) & (batch.roles == Role.LATENT).any(1, keepdim=True)
 
 
+def emits(roles: Tensor) -> Tensor:
+    """Where a latent or the separator comes next: bool [..., S] of roles [..., S], which begin with something else."""
+    return (roles == Role.LATENT) | (roles.roll(-1, -1) == Role.LATENT)
+
+
 #: A kind of row -> mask [B, S] of the positions it stands for.
 ROW_KINDS: dict[str, Callable[[Batch], Tensor]] = {
     "question": lambda batch: batch.roles == Role.QUESTION,
@@ -29,7 +34,8 @@ ROW_KINDS: dict[str, Callable[[Batch], Tensor]] = {
     "latents": lambda batch: batch.roles == Role.LATENT,
     "separator": _separator,
     "answer": lambda batch: batch.roles == Role.ANSWER,  # the separator (with latents) and the answer's tokens
-    "predicting": lambda batch: batch.labels >= 0,  # the positions whose logits are trained
+    # the positions whose logits choose the answer's tokens; latents that a student writes itself are none of these
+    "predicting": lambda batch: (batch.labels >= 0) & ~emits(batch.roles),
 }
 
 

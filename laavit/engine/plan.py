@@ -25,7 +25,7 @@ from laavit.engine.examples import example_trace, stored_rows
 from laavit.engine.runner import enable_gradient_checkpointing
 from laavit.engine.settings import TrainSettings
 from laavit.engine.shapes import Blueprint, Meter, blueprint, bytes_of, fake_mode, shaped_backbone
-from laavit.latents import latent_tokens
+from laavit.latents import NO_LATENTS, LatentLayout, latent_tokens
 from laavit.model import LaViT, build_gate, build_targets, check_layers
 from laavit.recipe import Recipe
 from laavit.registry import UserError
@@ -80,8 +80,12 @@ def grid_of(config: Any, pixels: int) -> tuple[int, int]:
     return max(((height, count // height) for height in range(max(root * 3 // 4, 1), root + 1)), key=math.prod)
 
 
-def example(backbone: Backbone, grid: tuple[int, int], latents: int, load: Load) -> Encoded:
-    """One sample of assumed length: roles, labels, spans and positions are real, its words are not."""
+def example(backbone: Backbone, grid: tuple[int, int], layout: LatentLayout, load: Load) -> Encoded:
+    """One sample of assumed length: roles, labels, spans and positions are real, its words are not.
+
+    Where the number of latents varies it has the most.
+    """
+    latents = layout.most
     before, tokens, header = load.text // 2, grid[0] * grid[1], 3
     after = load.text - before - header
     answer = load.answer + (1 if latents else 0)  # the separator's query is an answer query
@@ -95,7 +99,7 @@ def example(backbone: Backbone, grid: tuple[int, int], latents: int, load: Load)
             backbone.tokenizer.convert_tokens_to_ids(latent_tokens(latents))
         )
     labels = torch.full(ids.shape, IGNORED)
-    labels[-load.answer - 1 : -1] = 1
+    labels[-load.answer - layout.written - 1 : -1] = 1
     merge = backbone.family.merge
     vision = {"image_grid_thw": torch.tensor([[1, grid[0] * merge, grid[1] * merge]])}
     return Encoded(
@@ -256,7 +260,8 @@ def training_step(shaped: Shaped, size: int, load: Load, checkpointing: bool, pa
     if checkpointing:
         enable_gradient_checkpointing(model)
     grid = shaped.grid("student", shaped.plan)
-    item = example(backbone, grid, shaped.model.student.latents, load)
+    layout = shaped.model.student.layout
+    item = example(backbone, grid, layout, load)
     trainable = [p for p in model.parameters() if p.requires_grad]
     meter = Meter()
     meter.ignore([*model.parameters(), *model.buffers()])
@@ -272,7 +277,7 @@ def training_step(shaped: Shaped, size: int, load: Load, checkpointing: bool, pa
     unreached = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     result: dict[str, Any] = {"peak": meter.peak, "activations": meter.peak_apart, "gradients": meter.apart}
     model.zero_grad(set_to_none=True)
-    rows, vocabulary = size * load.answer, backbone.model.get_output_embeddings().weight.shape[0]
+    rows, vocabulary = size * (load.answer + layout.written), backbone.model.get_output_embeddings().weight.shape[0]
     result |= {
         "losses": [name for name in logged if name != "loss" and not name.startswith("gamma")],
         "without_gradient": unreached,
@@ -289,7 +294,7 @@ def extraction_pass(shaped: Shaped, load: Load) -> dict[str, int]:
     assert shaped.teacher is not None and shaped.teacher_plan is not None, "called where the recipe has a teacher"
     settings: ExtractSettings = shaped.recipe.build("extract")
     grid, backbone = shaped.grid("teacher", shaped.teacher_plan), shaped.teacher
-    item = example(backbone, grid, 0, load)
+    item = example(backbone, grid, NO_LATENTS, load)
     batch = batch_of(backbone, item, settings.batch_size, shaped.mode)
     meter = Meter()
     meter.ignore([*backbone.model.parameters(), *backbone.model.buffers()])

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laavit.backbones.rows import positions
 from laavit.registry import TARGETS, UserError, nearest
 from laavit.structures import Encoded, Role, StudentOutput, Trace
 from laavit.targets.base import Target
 from laavit.targets.controls import STATE_CONTROLS, check_control, shuffled_cells
-from laavit.targets.losses import STATE_LOSSES, cosine, info_nce
+from laavit.targets.losses import STATE_LOSSES, cosine, info_nce, over_rows
 from laavit.traces.gaze import top_k_indices
 from laavit.traces.semantics import POOLINGS, ROWS, pool
 
@@ -30,42 +31,54 @@ def concept_loss(predicted: Tensor, semantics: Tensor) -> Tensor:
     return cosine(predicted, semantics).mean()
 
 
-def latent_states(output: StudentOutput, roles: Tensor) -> Tensor:
-    """The states of each sample's latents, in order: [B, K, D]."""
-    return output.hidden[roles == Role.LATENT].view(roles.shape[0], -1, output.hidden.shape[-1])
+def latent_states(output: StudentOutput, roles: Tensor) -> tuple[Tensor, Tensor]:
+    """The states of each sample's latents in order, [B, K, D], and which are no padding, bool [B, K].
+
+    K is the largest number of latents in the batch; samples with fewer are padded behind.
+    """
+    index = positions(roles == Role.LATENT)
+    picked = index.clamp(min=0)[..., None].expand(-1, -1, output.hidden.shape[-1])
+    return output.hidden.gather(1, picked), index >= 0
 
 
-def anchored(states: Tensor, anchor: str) -> Tensor:
-    """h_z of [B, K, D]: the 'last' state or their 'mean', [B, 1, D], or 'all' of them."""
+def anchored(states: Tensor, valid: Tensor, anchor: str) -> tuple[Tensor, Tensor]:
+    """h_z of [B, K, D] and bool [B, K]: each sample's 'last' state or their 'mean', [B, 1, D], or 'all' of them."""
+    if anchor == "all":
+        return states, valid
+    count = valid.sum(1)[:, None, None]
     if anchor == "last":
-        return states[:, -1:]
-    return states.mean(1, keepdim=True) if anchor == "mean" else states
+        found = states.gather(1, (count - 1).expand(-1, -1, states.shape[-1]))
+    else:
+        found = states.masked_fill(~valid[..., None], 0.0).sum(1, keepdim=True) / count
+    return found, valid[:, :1]
 
 
-def hungarian(predicted: Tensor, rows: Tensor, present: Tensor, loss: str) -> Tensor:
+def hungarian(predicted: Tensor, valid: Tensor, rows: Tensor, present: Tensor, loss: str) -> Tensor:
     """A row for each prediction, no row twice, so that the losses' sum is least; no gradient goes through the choice.
 
     Args:
-        predicted: [B, K, D]. rows: [B, M, D], M >= K of each sample ``present``, bool [B, M]. loss: of
-            ``STATE_LOSSES``; any other name matches by cosine.
+        predicted: [B, K, D], those that count ``valid``, bool [B, K]. rows: [B, M, D], M >= K of each sample
+            ``present``, bool [B, M]. loss: of ``STATE_LOSSES``; any other name matches by cosine.
 
-    Returns: [B, K, D].
+    Returns: [B, K, D], zero where a prediction is padding.
     """
     from scipy.optimize import linear_sum_assignment  # half a second, for one of the ways to match
 
     measure = STATE_LOSSES.get(loss, cosine)
-    chosen = []
-    for given, own, real in zip(predicted.detach(), rows, present, strict=True):
-        own = own[real]
+    chosen = torch.zeros_like(predicted)
+    for place, (given, counts, own, real) in enumerate(zip(predicted.detach(), valid, rows, present, strict=True)):
+        given, own = given[counts], own[real]
         cost = torch.stack([measure(each[None].expand_as(own), own) for each in given])  # [K, M]
         _, columns = linear_sum_assignment(cost.double().cpu().numpy())
-        chosen.append(own[torch.from_numpy(columns).to(own.device)])
-    return torch.stack(chosen)
+        chosen[place, : len(given)] = own[torch.from_numpy(columns).to(own.device)]
+    return chosen
 
 
 @TARGETS.register_module()
 class ConceptTarget(Target):
     """1 - cos(phi(h_z), V_sem), phi a two-layer MLP (Linear-GELU-Linear, App. C.2).
+
+    Where the number of latents varies, a sample's own count, and each sample as much as any other.
 
     Args:
         weight: lambda.
@@ -183,7 +196,7 @@ class ConceptTarget(Target):
         return rows[top_k_indices(gaze, self.top_k)]
 
     def forward(self, output: StudentOutput, roles: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
-        states = anchored(latent_states(output, roles), self.anchor)
+        states, valid = anchored(*latent_states(output, roles), self.anchor)
         weight = next(self.head.parameters())
         predicted = self.head(states.to(weight.dtype))
         kind = torch.promote_types(predicted.dtype, torch.float32)
@@ -193,7 +206,12 @@ class ConceptTarget(Target):
         elif self.match == "order":
             semantics = semantics[:, : predicted.shape[1]]
         else:
-            semantics = hungarian(predicted, semantics, prepared["present"], self.loss)
-        if self.loss == "info_nce":
-            return info_nce(predicted, semantics, self.temperature).mean()
-        return STATE_LOSSES[self.loss](predicted, semantics).mean()
+            semantics = hungarian(predicted, valid, semantics, prepared["present"], self.loss)
+        if self.loss != "info_nce":
+            losses = STATE_LOSSES[self.loss](predicted, semantics)
+        elif self.match == "none":
+            losses = info_nce(predicted, semantics, self.temperature)
+        else:
+            losses = info_nce(predicted, semantics, self.temperature, valid)
+            valid = valid & (valid.sum(0) > 1)  # a latent that no other sample has is without a negative
+        return over_rows(losses, valid, per_row_mean=True)

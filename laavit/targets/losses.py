@@ -30,7 +30,7 @@ def smooth_l1(predicted: Tensor, wanted: Tensor) -> Tensor:
     return F.smooth_l1_loss(predicted, wanted.expand_as(predicted), reduction="none").mean(-1)
 
 
-def info_nce(predicted: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+def info_nce(predicted: Tensor, wanted: Tensor, temperature: float, real: Tensor | None = None) -> Tensor:
     """InfoNCE (arXiv 1807.03748): -log softmax over the batch of cos(p_b, w_b') / temperature, at b' = b.
 
     The negatives of an anchor are what the same anchor of the other samples of this process's batch is led to. Samples
@@ -38,6 +38,7 @@ def info_nce(predicted: Tensor, wanted: Tensor, temperature: float) -> Tensor:
 
     Args:
         predicted: [B, A, D]. wanted: [B, A, D] or [B, 1, D].
+        real: bool [B, A], which of ``wanted`` are no padding (negatives of nobody); None is all.
 
     Returns: [B, A].
 
@@ -49,7 +50,10 @@ def info_nce(predicted: Tensor, wanted: Tensor, temperature: float) -> Tensor:
         raise UserError("the loss 'info_nce' takes its negatives from the batch: train.batch_size is at least 2")
     given, other = F.normalize(predicted, dim=-1), F.normalize(wanted.expand_as(predicted), dim=-1)
     scores = torch.einsum("bad,cad->bac", given, other) / temperature
-    own = torch.arange(count, device=scores.device)[:, None].expand(count, scores.shape[1])
+    places = torch.arange(count, device=scores.device)
+    if real is not None:
+        scores = scores.masked_fill(~(real.T | (places[:, None, None] == places)), -torch.inf)
+    own = places[:, None].expand(count, scores.shape[1])
     return F.cross_entropy(scores.flatten(0, 1), own.flatten(), reduction="none").view_as(own)
 
 
@@ -106,7 +110,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def over_rows(divergence: Tensor, valid: Tensor, per_row_mean: bool = False) -> Tensor:
     """The mean over the batch of the sum over a sample's rows (Eq. 7), or of their mean: [B, R], bool [B, R] -> scalar.
 
-    A sample without a valid row counts with zero.
+    Rows are those of attention, or latents. A sample without a valid one counts with zero.
     """
     summed = divergence.masked_fill(~valid, 0.0).sum(-1)
     if per_row_mean:

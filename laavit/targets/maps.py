@@ -59,10 +59,10 @@ class MapTarget(Target):
             )
         self.reduction, self.divergence, self.smoothing = reduction, divergence, smoothing
         self.control, self.seed = check_control(control), seed
-        self.depth, self.latents = 0, 0
+        self.depth = 0
 
     def setup(self, width: int, depth: int, latents: int, header: Mapping[str, Any]) -> None:
-        self.depth, self.latents = depth, latents
+        self.depth = depth
         if latents == 0 and self.needs_latents:
             name = type(self).__name__.removesuffix("Target").lower()
             raise UserError(

@@ -14,7 +14,7 @@ from laavit.structures import Encoded, Role, StudentOutput, Trace
 from laavit.targets.base import Target
 from laavit.targets.concept import latent_states
 from laavit.targets.controls import STATE_CONTROLS, check_control, shuffled_cells
-from laavit.targets.losses import STATE_LOSSES
+from laavit.targets.losses import STATE_LOSSES, over_rows
 from laavit.traces.grids import sample_mask
 
 MATCHES = ("order", "mean")
@@ -49,17 +49,16 @@ class RegionTarget(Target):
             raise UserError(f"match: got '{match}'; {nearest(match, MATCHES)}")
         if loss not in STATE_LOSSES:
             raise UserError(f"loss: got '{loss}'; {nearest(loss, STATE_LOSSES)}")
-        self.match, self.loss, self.latents = match, loss, 0
+        self.match, self.loss = match, loss
         self.control, self.seed = check_control(control, STATE_CONTROLS), seed
 
     def setup(self, width: int, depth: int, latents: int, header: Mapping[str, Any]) -> None:
         if latents == 0:
             raise UserError("the region target reads the latents' states, and this recipe has no latents")
-        self.latents = latents
 
     def prepare(self, encoded: Encoded, trace: Trace | None) -> dict[str, Tensor]:
         """``share``: what each image token takes part in each latent's target, [N, K], columns of sum 1."""
-        sample = encoded.sample
+        sample, count = encoded.sample, int((encoded.roles == Role.LATENT).sum())
         if not sample.boxes:
             raise UserError(f"sample '{sample.id}' has no box, and the region target needs one")
         try:
@@ -69,19 +68,18 @@ class RegionTarget(Target):
         if self.control == "random":
             covered = shuffled_cells(covered, self.seed, sample.id)
         if self.match == "mean":
-            return {"share": (covered / covered.sum())[:, None].expand(-1, self.latents)}
+            return {"share": (covered / covered.sum())[:, None].expand(-1, count)}
         inside = (covered >= 0.5).nonzero().flatten()
         inside = inside if len(inside) else (covered > 0).nonzero().flatten()
-        chosen = inside[torch.arange(self.latents) * len(inside) // self.latents]
-        share = torch.zeros(len(covered), self.latents)
-        share[chosen, torch.arange(self.latents)] = 1.0
+        share = torch.zeros(len(covered), count)
+        share[inside[torch.arange(count) * len(inside) // count], torch.arange(count)] = 1.0
         return {"share": share}
 
     def forward(self, output: StudentOutput, roles: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         assert output.embeddings is not None, "the model keeps embeddings for every target that needs them"
-        states = latent_states(output, roles)
+        states, valid = latent_states(output, roles)
         kind = torch.promote_types(states.dtype, torch.float32)
         index = positions(roles == Role.IMAGE).clamp(min=0)  # padding has no share
         patches = output.embeddings.detach().gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
         wanted = prepared["share"].to(kind).transpose(1, 2) @ patches.to(kind)  # [B, K, D]
-        return STATE_LOSSES[self.loss](states.to(kind), wanted).mean()
+        return over_rows(STATE_LOSSES[self.loss](states.to(kind), wanted), valid, per_row_mean=True)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laavit.backbones.rows import emits
 from laavit.registry import TARGETS, UserError, nearest
-from laavit.structures import Encoded, StudentOutput, Tile, Trace
+from laavit.structures import Encoded, Role, StudentOutput, Tile, Trace
 from laavit.targets.losses import DIVERGENCES, over_rows
 from laavit.targets.maps import MapTarget
 from laavit.traces.gaze import normalise, to_distribution, top_k
@@ -149,9 +150,11 @@ class TrajectoryTarget(MapTarget):
         """The teacher's maps in the order of what follows them: [M, N_t]."""
         given = [step.gaze for step in trace.steps] or [trace.gaze]
         if self.steps == "answer":
-            count = int((encoded.labels >= 0).sum()) - 1
+            count = int(((encoded.labels >= 0) & ~emits(encoded.roles)).sum()) - 1
+        elif self.steps == "steps":
+            count = int((encoded.roles == Role.LATENT).sum())
         else:
-            count = self.latents if self.steps == "steps" else len(self.own_layers(self.depth))
+            count = len(self.own_layers(self.depth))
         return torch.stack([given[step] for step in step_of_latent(len(given), count).tolist()])
 
     def forward(self, output: StudentOutput, roles: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:

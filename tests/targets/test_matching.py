@@ -124,9 +124,10 @@ def test_hungarian_follows_a_permutation_and_takes_no_row_twice() -> None:
     rows = torch.randn(2, 5, 4, dtype=torch.float64)
     order = torch.tensor([3, 0, 4])
     present = torch.tensor([[True] * 5, [True] * 5])
-    assert torch.equal(hungarian(rows[:, order] + 1e-3, rows, present, "mse"), rows[:, order])
+    valid = torch.ones(2, 3, dtype=torch.bool)
+    assert torch.equal(hungarian(rows[:, order] + 1e-3, valid, rows, present, "mse"), rows[:, order])
     same = rows[:, :1].expand(2, 3, 4)  # three latents that want one row share the rows out
-    found = hungarian(same, rows, present, "mse")
+    found = hungarian(same, valid, rows, present, "mse")
     assert all(len({tuple(row) for row in each.tolist()}) == 3 for each in found)
 
 
