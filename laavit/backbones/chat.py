@@ -67,6 +67,15 @@ def messages(sample: Sample, prompt: PromptSettings, placeholder: str = "") -> l
     return [*system, {"role": "user", "content": content}]
 
 
+def text_settings(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """What a processor is told beside prompts that a chat template wrote: nothing, or to add no special tokens.
+
+    A template that writes the first token itself (Gemma 3, Idefics3) must not get a second one from the tokenizer.
+    """
+    bos = tokenizer.bos_token
+    return {"add_special_tokens": False} if bos and all(text.startswith(bos) for text in texts) else {}
+
+
 @dataclass(frozen=True)
 class _Layout:
     """A prompt as text, images not yet expanded. question: where its words stand, (start, stop) in characters.
@@ -213,16 +222,13 @@ class SequenceBuilder:
         Raises:
             UserError: the processor refuses an image.
         """
-        bos = self.processor.tokenizer.bos_token
-        # A template that writes the first token itself must not get a second one from the tokenizer.
-        own = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
         try:
             output = self.processor(
                 text=[text],
                 images=[list(pictures)] if pictures else None,
                 return_tensors="pt",
                 return_offsets_mapping=True,
-                **own,
+                **text_settings(self.processor.tokenizer, [text]),
             )
             input_ids: Tensor = output["input_ids"][0]
             vision = self.family.vision(output, pictures) if pictures else {}
