@@ -28,14 +28,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
-from laavit.backbones.base import Backbone
 from laavit.backbones.chat import text_settings
-from laavit.backbones.unrolling import fed_back
 from laavit.custom import import_custom
 from laavit.evaluation.images import CachedImages, images_of
 from laavit.evaluation.interventions import latent_ids
 from laavit.files import read_object
-from laavit.latents import LatentLayout
 from laavit.paths import EXPORT_CARD
 from laavit.recipe import build_part, cards
 from laavit.registry import INTERVENTIONS, UserError, nearest
@@ -124,9 +121,6 @@ class Laavit(lmms):
         self.tokenizer.padding_side = "left"
         self.processor.image_processor = CachedImages(self.processor.image_processor, image_cache_mb * 2**20)
         self.export = read_export(pretrained)
-        layout = LatentLayout(**self.export.get("layout", {}))
-        #: what unrolls latents that are fed back; None where there are none
-        self.backbone = Backbone(self.model, self.processor, layout) if layout.feedback else None
         self.system = self._resolve_system_prompt(system) if system is not None else self.export.get("system")
         self.latent_ids = latent_ids(self.tokenizer)
         if latents == "off" and not self.latent_ids:
@@ -162,8 +156,6 @@ class Laavit(lmms):
     def answer(self, chats: Sequence[list[dict[str, Any]]], settings: Settings) -> list[GenerationResult]:
         """Greedy answers to Hugging Face chats (images as ``{"type": "image", "image": PIL}``), as one batch."""
         inputs = self.encode(chats)
-        if self.backbone is not None:
-            inputs = fed_back(self.backbone, inputs)
         start = inputs["input_ids"].shape[1]
         output = self.model.generate(
             **inputs,
