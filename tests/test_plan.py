@@ -82,6 +82,21 @@ def test_a_tiny_folder_is_planned_as_it_is_built(tiny_folder: Path) -> None:
     assert found["extraction"]["trace"] == 4 * 64 + 4 * 32  # 128 x 128 px, patch 8, merge 2; 32 wide
 
 
+def test_adapters_are_planned_as_they_are_built(tiny_folder: Path) -> None:
+    component = {"name": "hf", "path": str(tiny_folder), "lora": {"rank": 4}}
+    recipe = recipe_of(tiny_folder, student=component)
+    found = planning.make_plan(recipe, LOAD)
+    real = build_model(recipe, {"width": 32, "depth": 3})
+    assert found["total"]["all"] == sum(p.numel() for p in real.parameters())
+    learned = [p for _, p in real.trainable_parameters()]
+    assert found["total"]["trainable"] == sum(p.numel() for p in learned)
+    assert found["parameters"]["adapters"]["trainable"] == sum(p.numel() for p in learned if p.ndim > 1) - 2 * 32 * 32
+    assert found["step"]["without_gradient"] == []
+    whole = planning.make_plan(recipe_of(tiny_folder), LOAD)["training"]["plain"]
+    assert found["training"]["plain"]["optimizer"] == 2 * bytes_of(learned) < whole["optimizer"] / 2
+    assert found["training"]["plain"]["weights"] > whole["weights"]
+
+
 @pytest.mark.parametrize("part", ["student", "teacher"])
 def test_other_families_are_refused_before_anything_is_built(
     part: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

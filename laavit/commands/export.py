@@ -30,7 +30,7 @@ Trained on weights with the SHA-256 {weights_sha256} (over all tensors by name, 
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-base = AutoModelForImageTextToText.from_pretrained("{base}")
+base = AutoModelForImageTextToText.from_pretrained("{place}")
 {resize}model = PeftModel.from_pretrained(base, "THIS FOLDER")
 processor = AutoProcessor.from_pretrained("THIS FOLDER")  # its chat template writes the latent tokens
 ```
@@ -103,26 +103,39 @@ def export_run(run: Path, out: Path, checkpoint: Path | None = None, adapters: s
 
 
 def _write_adapted(recipe: Recipe, source: Path, out: Path, adapters: str) -> dict[str, Any]:
-    """Put a checkpoint of adapters into ``out``, merged with their base or apart; returns what the card says of it."""
+    """Put a checkpoint of adapters into ``out``, merged with their base or apart; returns what the card says of it.
+
+    Raises:
+        UserError: the base is another one now; or, apart, it is nothing that stock transformers opens.
+    """
     import torch
-    from transformers import AutoConfig
 
     from laavit.students.lora import base_of
 
+    base = base_of(source)
+    known = _rows(base["path"]) if adapters == "apart" else 0  # refused before any weights are read
     student = recipe.build("student")
     student.setup(recipe.build("latents") if recipe.has("latents") else None, torch.Generator())
     student.load(source)
-    base = base_of(source)
     if adapters == "merged":
         student.merge()
         student.model.save_pretrained(out)
         return {"merged_into": base}
     student.adapters.save_apart(out)
-    place, rows = zoo_path(base["path"]), student.model.get_input_embeddings().weight.shape[0]
-    grows = AutoConfig.from_pretrained(place).get_text_config().vocab_size < rows
-    resize = f"base.resize_token_embeddings({rows}, mean_resizing=False)\n" if grows else ""
-    (out / "README.md").write_text(APART.format(base=place, resize=resize, **base), encoding="utf-8")
+    rows = student.model.get_input_embeddings().weight.shape[0]
+    resize = f"base.resize_token_embeddings({rows}, mean_resizing=False)\n" if rows > known else ""
+    (out / "README.md").write_text(APART.format(place=zoo_path(base["path"]), resize=resize, **base), encoding="utf-8")
     return {"base": base, "embedding_rows": rows}
+
+
+def _rows(path: str) -> int:
+    """Rows of a base's embeddings."""
+    from transformers import AutoConfig
+
+    from laavit.backbones.loading import reading
+
+    with reading(path, "base of adapters") as place:
+        return int(AutoConfig.from_pretrained(place).get_text_config().vocab_size)
 
 
 def _template(folder: Path) -> str:

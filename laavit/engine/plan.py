@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from laavit.backbones.base import Backbone, collate
 from laavit.backbones.chat import IGNORED
@@ -174,8 +173,8 @@ def shape_models(recipe: Recipe) -> Shaped:
     )
     lora = LoraSettings(**given["lora"]) if given["lora"] is not None else None
     student = HFStudent.of(backbone, given["path"], given["freeze"], lora)
-    with mode if lora is not None else nullcontext():  # adapters are as shapeless as what they adapt
-        student.setup(latents, torch.Generator().manual_seed(0))
+    student.setup(latents, torch.Generator().manual_seed(0))
+    as_shapes(student.model, mode)
     check_layers(gate, student)
     teacher, teacher_plan, header = None, None, {}
     if recipe.has("teacher"):
@@ -192,6 +191,14 @@ def shape_models(recipe: Recipe) -> Shaped:
             target.match = "order"  # which rows are matched is no matter of shapes
     model = LaViT(student, gate, targets)
     return Shaped(recipe, mode, model, plan, teacher, teacher_plan)
+
+
+def as_shapes(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Make the parameters that are real (peft makes adapters no other way) as shapeless as the model they are in."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not isinstance(parameter, FakeTensor):
+                setattr(module, name, nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad))
 
 
 def parameters_by_part(model: LaViT) -> dict[str, dict[str, int]]:
