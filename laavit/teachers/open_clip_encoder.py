@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from torch import Tensor
 
+from laavit.backbones.encoders import open_clip_model
 from laavit.registry import TEACHERS, UserError
 from laavit.teachers.pictures import PicturePreparer
-from laavit.teachers.static import StaticEncoder, Tower, check_weights, near
+from laavit.teachers.static import StaticEncoder, Tower, check_weights
 from laavit.teachers.timm_encoder import TimmTower
 
 
@@ -80,23 +79,7 @@ class OpenCLIPEncoder(StaticEncoder):
     ) -> None:
         import open_clip  # it imports timm, which takes two seconds that no other teacher should wait for
 
-        local = check_weights(weights, pretrained)
-        if path not in open_clip.list_models():
-            raise UserError(f"open_clip has no model '{path}'; {near(path, open_clip.list_models())}")
-        tags = open_clip.list_pretrained_tags_by_model(path)
-        if local is None and pretrained not in tags:
-            raise UserError(f"open_clip has no weights '{pretrained}' of {path}; {near(str(pretrained), tags)}")
-        given = dict(options or {})
-        if size is not None and "vision_cfg" in given:  # open_clip lets its given parts win over a forced size
-            given["vision_cfg"] = {**given["vision_cfg"], "image_size": size}
-        try:
-            built = open_clip.create_model(
-                path, pretrained=local or pretrained, force_image_size=size, require_pretrained=True,
-                pretrained_text=False, **given,
-            )  # fmt: skip
-        except (OSError, HfHubHTTPError, SafetensorError, RuntimeError, TypeError, AssertionError) as error:
-            where = f"'{weights}'" if local else "the hub"
-            raise UserError(f"open_clip's {path} cannot be read from {where}: {str(error).splitlines()[0]}") from None
+        built: Any = open_clip_model(path, check_weights(weights, pretrained), pretrained, size, options)
         config = open_clip.get_model_preprocess_cfg(built)
         tower = tower_of(built.visual)  # the text tower is let go with ``built``
         side = config["size"]

@@ -6,20 +6,18 @@ that gains as much from it gains from something else than the teacher's understa
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, cuda, nn
 
 from laavit.backbones.base import digest_of, dtype_of
-from laavit.recipe import zoo_path
+from laavit.backbones.encoders import local_weights
 from laavit.registry import UserError
 from laavit.structures import Tile, Trace
 from laavit.teachers.base import SampleError
@@ -78,17 +76,7 @@ def check_weights(weights: str | None, pretrained: Any) -> str | None:
                 "a static encoder with random weights is no teacher"
             )
         return None
-    path = Path(zoo_path(weights))
-    if path.suffix != ".safetensors":
-        raise UserError(f"teacher.weights: got '{weights}'; a .safetensors file is read, and no other format")
-    if not path.is_file():
-        raise UserError(f"teacher.weights: there is no file '{weights}'")
-    return str(path)
-
-
-def near(name: str, allowed: Iterable[str]) -> str:
-    """The sentence part that names the nearest few: the libraries know a thousand."""
-    return "near: " + (", ".join(difflib.get_close_matches(name, list(allowed), n=3, cutoff=0.4)) or "none")
+    return local_weights(weights, "teacher.weights")
 
 
 class StaticEncoder:

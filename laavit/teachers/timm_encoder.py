@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from laavit.backbones.encoders import timm_model
 from laavit.registry import TEACHERS, UserError
 from laavit.teachers.pictures import PicturePreparer
-from laavit.teachers.static import StaticEncoder, Tower, check_weights, near
+from laavit.teachers.static import StaticEncoder, Tower, check_weights
 
 
 class TimmTower(Tower):
@@ -73,23 +72,10 @@ class TimmEncoder(StaticEncoder):
         dtype: str = "float32",
         device: str = "auto",
     ) -> None:
-        import timm  # takes two seconds, which no other teacher should wait for
-        from timm.data import resolve_data_config
+        from timm.data import resolve_data_config  # takes two seconds, which no other teacher should wait for
 
         local = check_weights(weights, pretrained)
-        if not timm.is_model(path.split(".")[0]):
-            raise UserError(f"timm has no model '{path}'; {near(path, timm.list_models(pretrained=True))}")
-        overlay = {"file": local, "custom_load": False} if local else None
-        try:
-            built = timm.create_model(
-                path, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, dynamic_img_size=True,
-                **dict(options or {}),
-            )  # fmt: skip
-        except TypeError as error:
-            raise UserError(f"timm's {path} is no plain vision transformer, or has no such option: {error}") from None
-        except (OSError, HfHubHTTPError, SafetensorError, RuntimeError) as error:
-            where = f"'{weights}'" if local else "the hub"
-            raise UserError(f"timm's {path} cannot be read from {where}: {str(error).splitlines()[0]}") from None
+        built = timm_model(path, local, pretrained, {"dynamic_img_size": True, **(options or {})})
         tower = TimmTower(built)
         config = resolve_data_config({}, model=built)
         height, width = (size, size) if size is not None else config["input_size"][1:]
