@@ -42,6 +42,11 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     from laavit.model import build_model
 
     settings = replace(recipe.build("train"), seed=recipe.config["seed"])
+    kind = recipe.arguments("student").get("dtype")
+    if kind in ("bfloat16", "float16") and settings.precision != "bf16":
+        raise UserError(
+            f"student.dtype: {kind} weights beside adapters and heads in float32 need autocast: train.precision='bf16'"
+        )
     traces: TraceSettings = recipe.build("traces")
     parts = [recipe.build(f"targets.{name}") for name in recipe.config["targets"]]
     needs_store = bool(traces.select) or any(part.needs_trace and part.store is None for part in parts)

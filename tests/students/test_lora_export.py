@@ -141,3 +141,12 @@ def test_what_export_refuses(adapted: Path, trained: Path, tmp_path: Path, capsy
     (copy / "recipe.json").write_text(json.dumps(recipe))
     assert run("export", [str(copy), str(tmp_path / "out")]) == 2
     assert "belong to the base" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_sixteen_bits_train_under_autocast(project: Path, tmp_path: Path, capsys: Any) -> None:
+    words = [str(project), *WORDS, "--student.dtype", "bfloat16", "--train.steps", "1"]
+    assert run("train", [*words, "--work-dir", str(tmp_path / "one")]) == 2
+    assert "need autocast: train.precision='bf16'" in capsys.readouterr().err
+    assert run("train", [*words, "--train.precision", "bf16", "--work-dir", str(tmp_path / "two")]) == 0
+    out = export_run(tmp_path / "two", tmp_path / "out")
+    assert AutoModelForImageTextToText.from_pretrained(out).dtype == torch.bfloat16
