@@ -25,6 +25,7 @@ COMMANDS = {
     "gaze": ("gaze", "where models look, on samples with boxes"),
     "report": ("report", "tables, curves and gaze maps of runs as one page"),
     "plan": ("plan", "parameters and memory of a recipe, without loading weights"),
+    "zoo": ("zoo", "the recipes of the model zoo as a table"),
     "list": ("parts", "all named parts, or those of one kind"),
     "show": ("parts", "one named part: arguments, source, description"),
     "microlab": ("microlab", "write the micro-lab's scenes and questions"),

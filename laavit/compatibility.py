@@ -135,15 +135,16 @@ def parts_are_known(parts: Parts) -> None:
 
 def adapters_learn(parts: Parts) -> None:
     """LoRA's adapters do not sit in a part that the recipe freezes."""
-    student = parts.recipe.arguments("student")
-    if not student.get("lora"):
+    given = parts.recipe.arguments("student")
+    if not given.get("lora"):
         return
-    targets = student["lora"]["targets"]
-    both = sorted({targets} if isinstance(targets, str) else set(targets) & set(student["freeze"]))
+    named = given["lora"]["targets"]
+    both = {named} if isinstance(named, str) else set(named)
+    both &= set(given["freeze"])
     if both:
         raise UserError(
-            f"student.freeze: '{both[0]}' is frozen, and student.lora puts adapters into it that learn; "
-            "leave it out of one of them (beside adapters the decoder's own weights do not learn anyway)"
+            f"student.freeze: '{min(both)}' does not learn, and student.lora puts adapters that learn into it; leave "
+            "it out of student.freeze (where there are adapters the weights themselves do not learn)"
         )
 
 

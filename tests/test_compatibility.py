@@ -27,6 +27,7 @@ from laavit.traces.shards import Header, write_header
 #: what an extraction must have been told for every target to find what it needs
 RICH = {"steps": "token", "answer": "gold", "semantics": "full"}
 LATENTS: dict[str, Any] = {"none": None} | {name: {"name": name} for name in cards("latents")}
+LATENTS |= {"emitted": {"name": "learned", "emitted": True}, "varied": {"name": "learned", "count": (2, 6)}}
 GATES: dict[str, Any] = {name: {"name": name} for name in cards("gates")}
 GATES["paths"] |= {"answer": "closed", "question": "cosine"}
 
@@ -64,7 +65,7 @@ def test_a_recipe_that_fits_passes(tiny_folder: Path) -> None:
     check(recipe(tiny_folder, latents=None, targets={}, gate=None, teacher=None, traces={}))
 
 
-NO_LATENTS = "it reads the latents, and this recipe has no latents; name some, for example latents='learned', or leave the target"
+NO_LATENTS = "it reads the latents, and this recipe has no latents; name some, for example latents='learned', or leave"
 
 
 @pytest.mark.parametrize(
@@ -72,12 +73,12 @@ NO_LATENTS = "it reads the latents, and this recipe has no latents; name some, f
     [
         (
             {"latents": None},
-            f"targets.t: {NO_LATENTS} out; without latents align the rows 'header' and 'answer'",
+            f"targets.t: {NO_LATENTS} the target out; without latents align the rows 'header' and 'answer'",
         ),
-        ({"latents": None, "targets": {"t": "concept"}}, f"targets.t: {NO_LATENTS} out"),
+        ({"latents": None, "targets": {"t": "concept"}}, f"targets.t: {NO_LATENTS} the target out"),
         (
             {"latents": None, "targets": {"t": {"name": "trajectory", "rows": ["separator"]}}},
-            f"targets.t: {NO_LATENTS} out; without latents align the rows 'header' and 'answer'",
+            f"targets.t: {NO_LATENTS} the target out; without latents align the rows 'header' and 'answer'",
         ),
         (
             {"latents": None, "targets": {}, "gate": {"name": "paths", "answer": "cosine", "latent": "closed"}},
@@ -221,6 +222,19 @@ def test_flex_attention_does_not_train_on_the_cpu(tiny_folder: Path) -> None:
     check(recipe(tiny_folder, student=student))  # where it will train is not known yet
 
 
+def test_adapters_learn_in_no_frozen_part(tiny_folder: Path) -> None:
+    student = {"name": "hf", "path": str(tiny_folder), "lora": {"rank": 4}}
+    check(recipe(tiny_folder, student=student))
+    said = (
+        "student.freeze: 'decoder' does not learn, and student.lora puts adapters that learn into it; leave it out of "
+        "student.freeze (where there are adapters the weights themselves do not learn)"
+    )
+    assert refusal(tiny_folder, student={**student, "freeze": ["vision", "decoder"]}) == said
+    student["lora"] = {"targets": ["decoder", "vision"]}
+    assert "'vision' does not learn" in refusal(tiny_folder, student=student)
+    check(recipe(tiny_folder, student={**student, "freeze": []}))
+
+
 def test_a_gate_of_one_s_own_keeps_to_its_range(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("laavit.gates.CosineGate.gamma", lambda self, step: 1.0 + step)
     assert refusal(tiny_folder, train={"steps": 2}) == "gate: CosineGate.gamma(1) is 2.0; a gate's gamma lies in [0, 1]"
@@ -258,7 +272,7 @@ class Lonely(Target):
 def test_a_target_of_one_s_own_takes_part(tiny_folder: Path) -> None:
     own = {"targets": {"mine": {"type": "LonelyTarget"}}, "teacher": None, "traces": {}}
     check(recipe(tiny_folder, **own))
-    assert refusal(tiny_folder, **own, latents=None) == f"targets.mine: {NO_LATENTS} out"
+    assert refusal(tiny_folder, **own, latents=None) == f"targets.mine: {NO_LATENTS} the target out"
     assert "compares 3 or more samples" in refusal(tiny_folder, **own, train={"batch_size": 2})
 
 
@@ -272,7 +286,7 @@ def test_every_command_refuses_before_weights_are_read(
     for command in ("train", "extract", "plan"):
         for words in ([], ["--print-config"]):
             assert cli_run(command, [str(own_project), "--latents", "null", *words]) == 2
-            assert f"error: targets.concept: {NO_LATENTS} out" in capsys.readouterr().err
+            assert f"error: targets.concept: {NO_LATENTS} the target out" in capsys.readouterr().err
     assert cli_run("train", [str(own_project), "--print-config"]) == 0
 
 

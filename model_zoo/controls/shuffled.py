@@ -1,0 +1,5 @@
+"""Control: semantics and gaze of another sample."""
+
+_base_ = ["../lavit/lavit.py"]
+
+targets = dict(concept=dict(control="shuffled"), trajectory=dict(control="shuffled"))

@@ -1,0 +1,5 @@
+"""Micro-lab, "w/o semantic reconstruction"."""
+
+_base_ = ["./lavit.py"]
+
+targets = dict(concept=None)

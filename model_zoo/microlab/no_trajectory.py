@@ -1,0 +1,5 @@
+"""Micro-lab, "w/o trajectory alignment"."""
+
+_base_ = ["./lavit.py"]
+
+targets = dict(trajectory=None)

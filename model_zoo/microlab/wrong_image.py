@@ -1,0 +1,5 @@
+"""Micro-lab, control: semantics and gaze of another image."""
+
+_base_ = ["./lavit.py"]
+
+targets = dict(concept=dict(control="wrong_image"), trajectory=dict(control="wrong_image"))
