@@ -7,6 +7,7 @@ they stand in a sequence is ``laavit/backbones/chat.py``'s business.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,11 @@ class LatentLayout:
 
 #: a sequence without latents
 NO_LATENTS = LatentLayout()
+
+
+def layout_of(card: Mapping[str, Any]) -> LatentLayout:
+    """The layout that an export's ``laavit.json`` tells of; cards that know a number alone mean forced latents."""
+    return LatentLayout(**card["layout"]) if "layout" in card else LatentLayout(int(card.get("latents", 0)))
 
 
 @LATENTS.register_module()

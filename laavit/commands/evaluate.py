@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ def intervention_of(name: str | None, words: Sequence[str]) -> dict[str, Any] | 
     return apply_overrides({"intervention": name}, overrides)["intervention"] if name else None
 
 
+def latents_word(text: str) -> str:
+    """Raises: ArgumentTypeError: neither on nor off nor a number."""
+    if text not in ("on", "off") and not text.isdigit():
+        raise ArgumentTypeError(f"got '{text}'; allowed: on, off, or how many")
+    return text
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command with its words; returns the exit code."""
     parser = Parser(
@@ -49,13 +57,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data-root", type=Path, help="local copies of the data sets, nothing is fetched")
     parser.add_argument("--include-path", type=Path, nargs="*", default=[], help="more folders of lmms-eval YAML")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--latents", choices=("on", "off"), default="on", help="off masks the latents")
+    parser.add_argument(
+        "--latents", type=latents_word, default="on", help="on, off (masked; emitted ones forbidden), or how many"
+    )
     parser.add_argument("--intervention", help="changes what the model is given: a name (laavit list) or a class")
     parser.add_argument("--import", dest="imports", nargs="*", default=[], help=".py files or modules of your own")
     parser.add_argument("--limit", type=int, help="at most so many questions a task")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--out", type=Path, help="default RUN/eval/<tasks>-latents-<on|off>[-<intervention>]")
+    parser.add_argument("--out", type=Path, help="default RUN/eval/<tasks>-latents-<on|off|N>[-<intervention>]")
     options, overrides = parser.parse_known_args(list(argv))
     intervention = intervention_of(options.intervention, overrides)
     from laavit.evaluation.run import evaluate

@@ -3,7 +3,8 @@
 An export's chat template writes ``<|latent_1|> … <|latent_K|><|latent_end|>`` after the generation prompt, so the model
 is driven exactly as any other: template, processor, ``generate``. What is added here are interventions on what it is
 given; ``latents=off`` is one, the ablation "without latent tokens (masked at inference)" of LaViT (arXiv 2601.10129,
-Table 3).
+Table 3). A student that emits its latents writes them before its answer: they cost the answer none of its tokens, are
+no part of its text, and are counted, so that latents that silently stay away are seen.
 
 Plain use: ``lmms-eval --model laavit --model_args pretrained=FOLDER,latents=off --tasks … --include_path eval/tasks``.
 """
@@ -33,6 +34,7 @@ from laavit.custom import import_custom
 from laavit.evaluation.images import CachedImages, images_of
 from laavit.evaluation.interventions import latent_ids
 from laavit.files import read_object
+from laavit.latents import SEPARATOR, LatentLayout, latent_tokens, layout_of
 from laavit.paths import EXPORT_CARD
 from laavit.recipe import build_part, cards
 from laavit.registry import INTERVENTIONS, UserError, nearest
@@ -65,7 +67,8 @@ class Laavit(lmms):
         batch_size: prompts a forward pass. max_batch_size: accepted from lmms-eval, not used.
         device: 'cpu', 'cuda', 'cuda:1', …; by default a GPU where there is one (one a rank).
         dtype: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'.
-        latents: 'on', or 'off' to mask them: the intervention 'latents_off'.
+        latents: 'on', or 'off': latents in the prompt are masked (the intervention 'latents_off'), emitted ones are
+            forbidden, with their separator. A number N: that many in the prompt, of a student whose prompt holds them.
         intervention: a name in registry/interventions or a registered class, or dict(name= or type=..., arguments).
         imports: modules and ``.py`` files that register interventions of the user's own; they are executed.
         system: the system prompt, or a file that holds it; by default what the export stores in ``laavit.json``, and
@@ -87,7 +90,7 @@ class Laavit(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str = "auto",
-        latents: str = "on",
+        latents: str | int = "on",
         system: str | None = None,
         attention: str = "sdpa",
         max_new_tokens: int = 128,
@@ -99,20 +102,23 @@ class Laavit(lmms):
         imports: str | Sequence[str] = (),
     ) -> None:
         super().__init__()
-        for name, given, allowed in (("latents", latents, SWITCH), ("dtype", dtype, DTYPES)):
-            if given not in allowed:
-                raise UserError(f"{name}={given} was given; {nearest(str(given), allowed)}")
+        if dtype not in DTYPES:
+            raise UserError(f"dtype={dtype} was given; {nearest(dtype, DTYPES)}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"batch_size={batch_size} was given; allowed: whole numbers from 1")
         self._rank = int(os.environ.get("RANK", 0))
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.batch_size = int(batch_size)
         self.device = _device(device)
-        self.latents = latents
-        self.intervention = _intervention(latents, intervention, imports)
+        self.export = read_export(pretrained)
+        self.layout, self.latents = layout_of(self.export), str(latents)
+        self.count = _in_prompt(self.latents, self.layout, pretrained)
+        self.intervention = _intervention(self.latents, self.layout, intervention, imports)
         self.max_new_tokens = int(max_new_tokens)
         #: (task, doc id) -> seconds of generation, a batch's time shared out evenly.
         self.seconds: dict[tuple[str, Any], float] = {}
+        #: (task, doc id) -> how many latents the model wrote before its answer, where it emits them.
+        self.written: dict[tuple[str, Any], int] = {}
         self.console = Console(stderr=True)
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self.model, self.processor = _load(str(pretrained), dtype, attention, limits)
@@ -120,7 +126,6 @@ class Laavit(lmms):
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         self.processor.image_processor = CachedImages(self.processor.image_processor, image_cache_mb * 2**20)
-        self.export = read_export(pretrained)
         self.system = self._resolve_system_prompt(system) if system is not None else self.export.get("system")
         self.latent_ids = latent_ids(self.tokenizer)
         if latents == "off" and not self.latent_ids:
@@ -135,11 +140,16 @@ class Laavit(lmms):
             for indices, settings in self._batches(requests):
                 started = time.perf_counter()
                 chats = [self._chat(requests[i]) for i in indices]
-                for i, answer in zip(indices, self.answer(chats, settings)):
+                for i, (answer, written) in zip(indices, self.answer_and_count(chats, settings)):
                     answers[i] = answer
+                    if self.layout.emitted:
+                        self.written[requests[i].task_name, requests[i].doc_id] = written
                 share = (time.perf_counter() - started) / len(indices)
                 self.seconds.update({(requests[i].task_name, requests[i].doc_id): share for i in indices})
                 advance(len(indices))
+        without = sum(count == 0 for count in self.written.values())
+        if without and self.latents == "on":
+            logger.warning("%d of %d answers came without latents, which this model is to write", without, len(answers))
         return [answer for answer in answers if answer is not None]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -152,14 +162,24 @@ class Laavit(lmms):
 
     # -- the pieces, usable without lmms-eval
 
-    @torch.inference_mode()
     def answer(self, chats: Sequence[list[dict[str, Any]]], settings: Settings) -> list[GenerationResult]:
         """Greedy answers to Hugging Face chats (images as ``{"type": "image", "image": PIL}``), as one batch."""
+        return [answer for answer, _ in self.answer_and_count(chats, settings)]
+
+    @torch.inference_mode()
+    def answer_and_count(
+        self, chats: Sequence[list[dict[str, Any]]], settings: Settings
+    ) -> list[tuple[GenerationResult, int]]:
+        """The answers, and how many latents the model wrote for each (0 where its prompt holds them)."""
         inputs = self.encode(chats)
-        start = inputs["input_ids"].shape[1]
+        start, markup, room = inputs["input_ids"].shape[1], self._markup, self.layout.written
+        forbidden: dict[str, Any] = {}
+        if markup and self.latents == "off":
+            forbidden, room = {"suppress_tokens": sorted(markup)}, 0
         output = self.model.generate(
             **inputs,
-            max_new_tokens=settings.max_new_tokens,
+            **forbidden,
+            max_new_tokens=settings.max_new_tokens + room,
             do_sample=False,
             num_beams=1,
             temperature=None,
@@ -171,15 +191,26 @@ class Laavit(lmms):
         results = []
         for tokens, prompt in zip(output.tolist(), inputs["attention_mask"].sum(1).tolist()):
             length = next((i for i, token in enumerate(tokens) if token in self._stops), len(tokens))
-            text = self.tokenizer.decode(tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            latents = [token for token in tokens[:length] if token in markup]
+            words = [token for token in tokens[:length] if token not in markup][: settings.max_new_tokens]
+            text = self.tokenizer.decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             text = _cut(text, settings.until).lstrip()  # a family's space between the assistant's header and its words
-            results.append(GenerationResult(text, TokenCounts(input_tokens=prompt, output_tokens=length)))
+            counts = TokenCounts(input_tokens=prompt, output_tokens=len(latents) + len(words))
+            results.append((GenerationResult(text, counts), sum(token in self.latent_ids for token in latents)))
         return results
+
+    @property
+    def _markup(self) -> set[int]:
+        """Ids of latents and separator, where the model writes them itself."""
+        return {*self.latent_ids, self.tokenizer.convert_tokens_to_ids(SEPARATOR)} if self.layout.emitted else set()
 
     def encode(self, chats: Sequence[list[dict[str, Any]]]) -> dict[str, Tensor]:
         """What ``generate`` is given for these chats, on the device; latents masked where that was asked for."""
         chats = [self._with_system(chat) for chat in chats]
         texts = self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        if self.count not in (0, self.layout.most):  # another number than the template's
+            own, asked = ("".join(latent_tokens(count)) for count in (self.layout.most, self.count))
+            texts = [text.removesuffix(own) + asked for text in texts]
         inputs: BatchFeature = self.processor(
             text=texts,
             images=images_of(chats) or None,
@@ -193,14 +224,13 @@ class Laavit(lmms):
         return self.intervention(self.model, moved, self.latent_ids) if self.intervention is not None else moved
 
     def _check_latents(self, tokens: Tensor) -> None:
-        """An export that says it has K latents must have each of them, once, in every prompt, unless it writes them."""
-        count = 0 if self.export.get("layout", {}).get("emitted") else int(self.export.get("latents", 0))
-        found = [int((tokens == token).sum(1).eq(1).sum()) for token in self.latent_ids[:count]]
-        if found != [len(tokens)] * count:
-            raise UserError(
-                f"{EXPORT_CARD} says {count} latents, but the prompts the chat template writes hold other ones; "
-                "export the run again with tools/export.py"
-            )
+        """An export whose prompts hold K latents must have each once in every prompt, and one that emits them none."""
+        for number, token in enumerate(self.latent_ids[: self.layout.most]):
+            if not bool(((tokens == token).sum(1) == (number < self.count)).all()):
+                raise UserError(
+                    f"{EXPORT_CARD} says {self.count} latents, but the prompts the chat template writes hold other "
+                    "ones; export the run again with tools/export.py"
+                )
 
     def _with_system(self, chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not self.system:
@@ -269,7 +299,31 @@ def read_export(folder: str | Path) -> dict[str, Any]:
     return read_object(Path(folder) / EXPORT_CARD)
 
 
-def _intervention(latents: str, given: str | Mapping[str, Any] | None, imports: str | Sequence[str]) -> Any | None:
+def _in_prompt(latents: str, layout: LatentLayout, pretrained: str) -> int:
+    """How many latents a prompt holds.
+
+    Raises:
+        UserError: neither a switch nor a number, or a number that this model cannot be given.
+    """
+    if latents in SWITCH:
+        return 0 if layout.emitted else layout.most
+    if not latents.isdigit():
+        raise UserError(f"latents={latents} was given; {nearest(latents, SWITCH)}, or how many")
+    if layout.emitted or not layout.most:
+        has = "writes its latents itself" if layout.emitted else "has none"
+        raise UserError(f"latents={latents} is a number for the prompt, and '{pretrained}' {has}; allowed: on, off")
+    if not 1 <= int(latents) <= layout.most:
+        raise UserError(
+            f"latents={latents} was given; '{pretrained}' has {layout.most}: allowed are on, off, 1 to that"
+        )
+    if int(latents) < (layout.least or layout.most):
+        logger.warning("latents=%s: '%s' was never trained with so few", latents, pretrained)
+    return int(latents)
+
+
+def _intervention(
+    latents: str, layout: LatentLayout, given: str | Mapping[str, Any] | None, imports: str | Sequence[str]
+) -> Any | None:
     """What is done to the inputs; None leaves them as they are.
 
     Raises:
@@ -278,8 +332,9 @@ def _intervention(latents: str, given: str | Mapping[str, Any] | None, imports: 
     import_custom(imports, Path(), "imports")
     if latents == "off" and given is not None:
         raise UserError("latents=off is an intervention itself (latents_off), and another one was given: give one")
-    if given is None:
-        return build_part("intervention", "interventions", "latents_off") if latents == "off" else None
+    if given is None:  # emitted latents are no part of what the model is given
+        masked = latents == "off" and not layout.emitted
+        return build_part("intervention", "interventions", "latents_off") if masked else None
     spec = {"name": given} if isinstance(given, str) else dict(given)
     name = str(spec.get("name"))
     if name not in cards("interventions") and INTERVENTIONS.get(name) is not None:

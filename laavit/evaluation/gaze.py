@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rich.progress import track
 from laavit.evaluation.bridge import read_export
 from laavit.files import write_json, write_text
 from laavit.images import open_image
+from laavit.latents import layout_of
 from laavit.recipe import zoo_path
 from laavit.registry import UserError
 from laavit.structures import Sample, Trace
@@ -77,10 +78,11 @@ def look(looker: Looker, samples: Sequence[Sample], batch_size: int = 32) -> lis
         prompt_order=card.get("order", "image_first"),
         batch_size=batch_size,
     )
-    latents = int(card.get("latents", 0))
-    if "latents" in looker.rows and not latents:
+    # Where the number varies, as many as a prompt holds at inference; emitted ones stand before the gold answer.
+    layout = replace(layout_of(card), least=None)
+    if "latents" in looker.rows and not layout.most:
         raise UserError(f"{looker.name}: '{looker.folder}' has no latents; its rows are header+answer")
-    extractor = HFTeacher(looker.folder).extractor(settings, latents)
+    extractor = HFTeacher(looker.folder).extractor(settings, layout)
     starts = range(0, len(samples), batch_size)
     found = []
     for start in track(starts, f"gaze of {looker.name}", transient=True):

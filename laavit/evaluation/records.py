@@ -1,7 +1,7 @@
 """Per-sample records, and the summary that is computed from them and from nothing else.
 
 A record is one JSON line: ``task``, ``id``, ``prediction``, ``target``, ``correct``, and where known ``kind`` (what the
-benchmark calls a category) and ``seconds``.
+benchmark calls a category) and ``seconds``; of a student that emits its latents ``latents_written``, their number.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ KIND_COLUMNS = ("kind", "category", "sub_task")
 
 
 def make_records(
-    task: str, samples: Sequence[Mapping[str, Any]], metrics: Sequence[str], seconds: Mapping[Any, float]
+    task: str,
+    samples: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    seconds: Mapping[Any, float],
+    written: Mapping[Any, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Records of one task from lmms-eval's logged samples, in the order of its documents.
 
     Args:
         task: its name. samples: lmms-eval's ``results["samples"][task]``.
         metrics: the task's metric names, in its own order; the first one found in a sample judges it.
-        seconds: a document's index -> seconds of generation.
+        seconds: a document's index -> seconds of generation. written: the same -> latents that the model wrote.
 
     Raises:
         UserError: the task does not judge single answers as right or wrong.
@@ -51,6 +55,8 @@ def make_records(
             record["kind"] = str(kind)
         if sample["doc_id"] in seconds:
             record["seconds"] = round(seconds[sample["doc_id"]], 6)
+        if written is not None and sample["doc_id"] in written:
+            record["latents_written"] = written[sample["doc_id"]]
         records.append(record)
     return records
 
@@ -81,10 +87,14 @@ def summarise(records: Iterable[Mapping[str, Any]], level: float = 0.95) -> dict
     """Accuracy with Wilson's interval for each task, and within it for each kind.
 
     Returns:
-        task -> {"n", "accuracy", "low", "high", "by_kind": {kind: {"n", "accuracy", "low", "high"}}}.
+        task -> {"n", "accuracy", "low", "high", "by_kind": {kind: {"n", "accuracy", "low", "high"}}}, and of a student
+        that emits its latents "latents_written": {"mean", "without"}, the latter the number of answers without any.
     """
     tasks: dict[str, dict[str | None, list[bool]]] = {}
+    written: dict[str, list[int]] = {}
     for record in records:
+        if "latents_written" in record:
+            written.setdefault(record["task"], []).append(record["latents_written"])
         kinds = tasks.setdefault(record["task"], {None: []})
         kinds[None].append(record["correct"])
         if record.get("kind") is not None:
@@ -93,9 +103,14 @@ def summarise(records: Iterable[Mapping[str, Any]], level: float = 0.95) -> dict
         task: {
             **_share(kinds[None], level),
             "by_kind": {kind: _share(kinds[kind], level) for kind in sorted(k for k in kinds if k is not None)},
+            **({"latents_written": _written(written[task])} if task in written else {}),
         }
         for task, kinds in tasks.items()
     }
+
+
+def _written(counts: Sequence[int]) -> dict[str, float]:
+    return {"mean": sum(counts) / len(counts), "without": counts.count(0)}
 
 
 def _share(correct: Sequence[bool], level: float) -> dict[str, Any]:

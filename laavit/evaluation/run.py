@@ -46,7 +46,7 @@ def evaluate(
     tasks: Sequence[str],
     out: str | Path,
     batch_size: int = 16,
-    latents: str = "on",
+    latents: str | int = "on",
     limit: int | None = None,
     include_path: str | Path | Sequence[str | Path] = (),
     data_root: str | Path | None = None,
@@ -63,7 +63,7 @@ def evaluate(
         tasks: names of lmms-eval's tasks and groups, the project's own (``eval/tasks``) and those of ``include_path``.
         out: the folder for ``records.jsonl`` and ``summary.json``; both are replaced atomically.
         batch_size, device, dtype, system, intervention, model_arguments: see ``laavit.evaluation.bridge.Laavit``.
-        latents: 'on', or 'off' to mask them.
+        latents: 'on', 'off', or how many stand in the prompt; see ``Laavit``.
         limit: at most so many questions a task, from the first; None asks all.
         include_path: more folders of lmms-eval YAML.
         data_root: a folder of local copies of the data sets, so that nothing is fetched. A task's data are looked
@@ -96,11 +96,11 @@ def evaluate(
         results = _answers(model, task_objects, task_manager(include_path), limit)
     if results is None:
         return None
-    records = _records(results, model.seconds)
+    records = _records(results, model)
     summary = {
         "model": str(model_folder),
         "weights_sha256": weights_sha256(model_folder),
-        "latents": latents,
+        "latents": model.latents,
         "intervention": intervention,
         "system": model.system,
         "limit": limit,
@@ -260,12 +260,13 @@ def _local_data(task: str, dataset_path: str | None, root: Path) -> Path:
     raise UserError(f"data_root '{root}' has no data for task '{task}'; looked for {looked} and parquet files in it")
 
 
-def _records(results: dict[str, Any], seconds: dict[tuple[str, Any], float]) -> list[dict[str, Any]]:
+def _records(results: dict[str, Any], model: Laavit) -> list[dict[str, Any]]:
     records = []
     for task, samples in results["samples"].items():
         metrics = [str(entry["metric"]) for entry in results["configs"][task]["metric_list"]]
-        own = {doc_id: value for (name, doc_id), value in seconds.items() if name == task}
-        records += make_records(task, samples, metrics, own)
+        seconds = {doc_id: value for (name, doc_id), value in model.seconds.items() if name == task}
+        written = {doc_id: value for (name, doc_id), value in model.written.items() if name == task}
+        records += make_records(task, samples, metrics, seconds, written)
     return records
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laavit.backbones.base import Backbone
 from laavit.backbones.chat import PromptSettings, SequenceBuilder
+from laavit.latents import LatentLayout
 from laavit.registry import UserError
 from laavit.structures import Encoded, Sample, Trace
 from laavit.teachers.answering import answer_and_record
@@ -54,13 +55,13 @@ class HFExtractor:
 
     Args:
         backbone: a frozen model. settings: what is read off it.
-        latents: K of a model that was trained with latents (to look at a student), 0 for a plain one.
+        latents: of a model that was trained with some (to look at a student), K or their layout; 0 for a plain one.
 
     Raises:
         UserError: the model has no such layer or head, or the tagger or the text-only model cannot be loaded.
     """
 
-    def __init__(self, backbone: Backbone, settings: ExtractSettings, latents: int = 0) -> None:
+    def __init__(self, backbone: Backbone, settings: ExtractSettings, latents: int | LatentLayout = 0) -> None:
         self.backbone, self.settings = backbone, settings
         prompt = PromptSettings(system=settings.system, order=settings.prompt_order)
         self.preparer = HFPreparer(backbone.builder(prompt, latents), settings.blind == "teacher")

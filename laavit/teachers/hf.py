@@ -7,6 +7,7 @@ from typing import Any
 from torch import cuda
 
 from laavit.backbones.base import Backbone
+from laavit.latents import LatentLayout
 from laavit.registry import TEACHERS
 from laavit.teachers.extractor import HFExtractor
 from laavit.teachers.settings import ExtractSettings
@@ -67,10 +68,10 @@ class HFTeacher:
             "depth": self.backbone.depth,
         }
 
-    def extractor(self, settings: ExtractSettings, latents: int = 0) -> HFExtractor:
+    def extractor(self, settings: ExtractSettings, latents: int | LatentLayout = 0) -> HFExtractor:
         """Reads traces by these settings.
 
         Args:
-            latents: K of a model that was trained with latents (to look at a student), 0 for a plain one.
+            latents: of a model that was trained with some (to look at a student), K or their layout; 0 for a plain one.
         """
         return HFExtractor(self.backbone, settings, latents)

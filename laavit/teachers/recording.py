@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone, collate
-from laavit.backbones.rows import image_rows, positions, row_positions
+from laavit.backbones.rows import emits, image_rows, positions, row_positions
 from laavit.registry import UserError
 from laavit.structures import Batch, Encoded, Role, Step, Trace
 from laavit.teachers.base import SampleError
@@ -172,7 +172,8 @@ def answer_rows(encoded: Sequence[Encoded], steps: Sequence[Steps], kind: str) -
     """
     counts = torch.tensor([len(each.of_token) for each in steps])
     # The first label stands at the position that predicts the answer's first token.
-    firsts = torch.stack([(item.labels >= 0).float().argmax() for item in encoded]) + (kind == "own")
+    asked = [(item.labels >= 0) & ~emits(item.roles) for item in encoded]
+    firsts = torch.stack([own.float().argmax() for own in asked]) + (kind == "own")
     token = torch.arange(int(counts.max()))
     return (firsts[:, None] + token).masked_fill(token >= counts[:, None], -1)
 
