@@ -148,6 +148,15 @@ def adapters_learn(parts: Parts) -> None:
         )
 
 
+def halves_are_cast(parts: Parts) -> None:
+    """Weights in 16 bits train beside heads and adapters in float32 under autocast alone."""
+    kind = parts.recipe.arguments("student").get("dtype")
+    if kind in ("bfloat16", "float16") and parts.train.precision != "bf16":
+        raise UserError(
+            f"student.dtype: {kind} weights beside adapters and heads in float32 need autocast: train.precision='bf16'"
+        )
+
+
 def flex_has_a_gpu(parts: Parts) -> None:
     """FlexAttention has no backward pass on the CPU."""
     if parts.recipe.arguments("student").get("attention") == FLEX and parts.train.device == "cpu":
@@ -323,6 +332,7 @@ def cached_features_stay_true(parts: Parts) -> None:
 RULES: tuple[Callable[[Parts], None], ...] = (
     parts_are_known,
     adapters_learn,
+    halves_are_cast,
     flex_has_a_gpu,
     latents_are_there,
     gate_fits,

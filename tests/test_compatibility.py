@@ -235,6 +235,13 @@ def test_adapters_learn_in_no_frozen_part(tiny_folder: Path) -> None:
     check(recipe(tiny_folder, student={**student, "freeze": []}))
 
 
+def test_sixteen_bits_want_autocast(tiny_folder: Path) -> None:
+    student = {"name": "hf", "path": str(tiny_folder), "dtype": "bfloat16"}
+    said = "student.dtype: bfloat16 weights beside adapters and heads in float32 need autocast: train.precision='bf16'"
+    assert refusal(tiny_folder, student=student) == said
+    check(recipe(tiny_folder, student=student, train={"precision": "bf16"}))
+
+
 def test_a_gate_of_one_s_own_keeps_to_its_range(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("laavit.gates.CosineGate.gamma", lambda self, step: 1.0 + step)
     assert refusal(tiny_folder, train={"steps": 2}) == "gate: CosineGate.gamma(1) is 2.0; a gate's gamma lies in [0, 1]"
@@ -288,6 +295,10 @@ def test_every_command_refuses_before_weights_are_read(
             assert cli_run(command, [str(own_project), "--latents", "null", *words]) == 2
             assert f"error: targets.concept: {NO_LATENTS} the target out" in capsys.readouterr().err
     assert cli_run("train", [str(own_project), "--print-config"]) == 0
+    away = json.dumps({"concept": {"name": "concept", "store": "no/such/store"}})  # another recipe may be making it
+    assert cli_run("train", [str(own_project), "--targets", away, "--print-config"]) == 0
+    assert cli_run("train", [str(own_project), "--targets", away]) == 2
+    assert "error: targets.concept: there is no trace store at 'no/such/store'" in capsys.readouterr().err
 
 
 def test_the_readers_without_boxes_say_so() -> None:

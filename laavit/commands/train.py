@@ -12,6 +12,7 @@ from laavit.data.aligned import AlignedDataset, Collate, TraceSettings, select
 from laavit.recipe import Recipe
 from laavit.registry import UserError
 from laavit.traces.hub import local_store
+from laavit.traces.shards import read_header
 from laavit.traces.store import TraceStore
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,12 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     from laavit.model import build_model
 
     settings = replace(recipe.build("train"), seed=recipe.config["seed"])
-    kind = recipe.arguments("student").get("dtype")
-    if kind in ("bfloat16", "float16") and settings.precision != "bf16":
-        raise UserError(
-            f"student.dtype: {kind} weights beside adapters and heads in float32 need autocast: train.precision='bf16'"
-        )
     traces: TraceSettings = recipe.build("traces")
-    parts = [recipe.build(f"targets.{name}") for name in recipe.config["targets"]]
-    needs_store = bool(traces.select) or any(part.needs_trace and part.store is None for part in parts)
+    parts = {name: recipe.build(f"targets.{name}") for name in recipe.config["targets"]}
+    needs_store = bool(traces.select) or any(part.needs_trace and part.store is None for part in parts.values())
+    for name, part in parts.items():
+        if part.needs_trace and part.store is not None and read_header(local_store(part.store)) is None:
+            raise UserError(f"targets.{name}: there is no trace store at '{part.store}'")
     store = open_store(traces, recipe) if needs_store else None
     samples = select(recipe.build("data"), store, traces.select)
     if hasattr(samples, "check"):  # every image file is looked at, so that hours of work do not end at a missing one

@@ -2,5 +2,5 @@
 
 _base_ = ["../lavit/naive_sft.py"]
 
-student = dict(lora=dict(rank=16, alpha=32.0))
+student = dict(name="qwen2_5_vl_3b_lora")
 train = dict(lr=1e-4)
