@@ -19,7 +19,7 @@ Shapes: ``B`` batch, ``S`` sequence, ``H`` heads, ``G`` query heads a key head, 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+
+from laavit.segments import Segment
 
 IMPLEMENTATION = "laavit"
 
@@ -75,6 +77,8 @@ class AttentionContext:
             computed.
         merged: keep one running sum over the layers, for ``mean_rows``, in place of the rows of each (``recorded``
             stays empty): many rows of a deep decoder then cost the memory of one layer's.
+        segment: where the pass reads a part of the sequence: which, and what was read before it. Then rows count in
+            the pass's own queries, and paths, but for the first pass, in the columns of the batch.
     """
 
     paths: tuple[GatePath, ...] = ()
@@ -84,6 +88,7 @@ class AttentionContext:
     heads: str = "mean"
     pairs: Mapping[int, Collection[int]] | None = None
     merged: bool = False
+    segment: Segment | None = None
     recorded: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _sum: Tensor | None = field(default=None, repr=False)
     _heads: dict[int, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
@@ -122,6 +127,23 @@ class AttentionContext:
             weighted = [rows * self._weight(layer) for layer, rows in self.recorded.items()]
             return torch.stack(weighted).sum(0) / sum(self._weight(layer) for layer in self.recorded)
         return torch.stack(list(self.recorded.values())).mean(0)
+
+    def part(self, segment: Segment, rows: Tensor | None, paths: tuple[GatePath, ...]) -> AttentionContext:
+        """The context of one pass of several, which records what this one asks for."""
+        layers = None if self.pairs is not None else self.layers
+        kinds = (self.num_layers, self.heads, self.pairs, self.merged)
+        return AttentionContext(paths, rows, layers, *kinds, segment=segment)
+
+    def take(self, parts: Sequence[AttentionContext], join: Callable[[list[Tensor]], Tensor]) -> None:
+        """Put together what the passes over parts of a sequence recorded; ``join`` does it for a layer's rows."""
+        self.recorded = {layer: join([part.recorded[layer] for part in parts]) for layer in parts[0].recorded}
+        if self.merged:
+            self._sum, self._summed = join([part._sum for part in parts if part._sum is not None]), parts[0]._summed
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the pass reads on after others: its masks hold the gate already."""
+        return self.segment is not None and bool(self.segment.past)
 
     def paths_at(self, layer: int) -> tuple[GatePath, ...]:
         """The gate paths that act on a layer."""
@@ -184,6 +206,16 @@ class AttentionContext:
             # The mask is kept beside its id, so that the id cannot be reused by another tensor.
             total = _allowed(mask, positions, length, query.dtype) + bias
             self._masks[key] = (mask, total.repeat(1, 1, groups, 1) if groups > 1 else total)
+        return self._masks[key][1]
+
+    def segment_mask(self, window: int | None, dtype: torch.dtype, layer: int) -> Tensor:
+        """Mask plus bias of a pass that goes on, [B, 1, Q, C], built once for layers of equal paths and windows."""
+        assert self.segment is not None, "segment_mask is called for a part of a sequence"
+        key = (window or 0, *map(id, self.paths_at(layer)))
+        if key not in self._masks:
+            total = self.segment.allowed(window, dtype)
+            bias = self.bias_at(self.segment.columns.clamp(min=0), dtype, layer)
+            self._masks[key] = (None, total if bias is None else total + self.segment.bias(bias))
         return self._masks[key][1]
 
 
@@ -251,7 +283,7 @@ def record_rows(
         ValueError: a gate is asked for while keys come from a cache (queries and keys differ in length).
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if context.paths and query.shape[2] != key.shape[2]:
+    if context.paths and not context.goes_on and query.shape[2] != key.shape[2]:
         raise ValueError(
             f"a gate works on whole sequences, got {query.shape[2]} queries for {key.shape[2]} keys: "
             "run the forward pass without a key-value cache"
@@ -261,7 +293,8 @@ def record_rows(
     assert context.rows is not None
     rows = context.rows.clamp(min=0).to(query.device)  # a model may be spread over devices
     factor = scaling if scaling is not None else query.shape[-1] ** -0.5
-    bias = context.bias_at(rows, torch.promote_types(query.dtype, torch.float32), layer)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    bias = context.bias_at(rows, exact, layer) if not context.goes_on else None
     heads = context.chosen(layer, query.shape[1], query.device)
     if heads is not None:
         if isinstance(mask, Tensor) and mask.shape[1] > 1:
@@ -324,6 +357,14 @@ def laavit_attention(
 
     if laavit is None:
         return plain(query, key, value, attention_mask), None
+    if laavit.segment is not None:
+        key, value = laavit.segment.joined(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    if laavit.goes_on:
+        window: int | None = kwargs.get("sliding_window")  # type: ignore[assignment]
+        mask = laavit.segment_mask(window, query.dtype, int(module.layer_idx))  # type: ignore[arg-type]
+        record_rows(module, query, key, mask, scaling, laavit)
+        mask = mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)
+        return gated_suffix(query, key, value, mask, scaling, dropout), None
     layer = record_rows(module, query, key, attention_mask, scaling, laavit)
     if not laavit.paths_at(layer):
         return plain(query, key, value, attention_mask), None

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from laavit.registry import LATENTS, UserError
+from laavit.registry import LATENTS, UserError, nearest
 
 LATENT_TOKENS = "<|latent_{}|>"
 SEPARATOR = "<|latent_end|>"
+#: how a state is scaled before it is fed back
+SCALES = ("none", "vocabulary")
+#: attention functions that keep the keys of earlier passes, as latents that are fed back need it in training
+KEEPING = ("laavit",)
 
 
 def latent_tokens(count: int) -> list[str]:
@@ -72,6 +76,15 @@ NO_LATENTS = LatentLayout()
 def layout_of(card: Mapping[str, Any]) -> LatentLayout:
     """The layout that an export's ``laavit.json`` tells of; cards that know a number alone mean forced latents."""
     return LatentLayout(**card["layout"]) if "layout" in card else LatentLayout(int(card.get("latents", 0)))
+
+
+def check_attention(layout: LatentLayout, attention: str) -> None:
+    """Raises: UserError: latents are fed back, and an attention function cannot train them."""
+    if layout.feedback and attention not in KEEPING:
+        raise UserError(
+            f"latents that are fed back are read in several passes, and attention='{attention}' does not keep the keys "
+            f"of earlier ones; {nearest(attention, KEEPING)}"
+        )
 
 
 @LATENTS.register_module()
@@ -144,3 +157,29 @@ class LearnedLatents:
         rows = rows + self.noise * spread * torch.randn(len(ids), known.shape[1], generator=generator)
         with torch.no_grad():
             weight[ids.to(weight.device)] = rows.to(weight)
+
+
+@LATENTS.register_module()
+class FeedbackLatents(LearnedLatents):
+    """Continuous thought (Coconut, arXiv 2412.06769; LVR, arXiv 2509.24251): the decoder's states, fed back K times.
+
+    The first latent reads the state of the last position before it, each other one the state of the latent before, in
+    training as in generation (laavit/backbones/unrolling.py). The separator alone is a learned token.
+
+    Args:
+        count, init, noise, seed: as for learned latents.
+        scale: of a state before it is read: 'none', or 'vocabulary' (the root mean square of the input embeddings).
+    """
+
+    def __init__(
+        self,
+        count: int | tuple[int, int] = 4,
+        init: str = "mean",
+        noise: float = 0.1,
+        scale: str = "none",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(count, init, noise, seed=seed)
+        if scale not in SCALES:
+            raise UserError(f"latents.scale: got '{scale}'; {nearest(scale, SCALES)}")
+        self.layout = replace(self.layout, feedback=True, scale=scale)

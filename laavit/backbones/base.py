@@ -17,7 +17,11 @@ from laavit.attention import IMPLEMENTATION, AttentionContext
 from laavit.backbones.chat import IGNORED, PromptSettings, SequenceBuilder
 from laavit.backbones.families import family_of
 from laavit.backbones.loading import check_map, dtype_of, quantization_config, read_model, read_processor
-from laavit.latents import LatentLayout
+from laavit.backbones.unrolling import fed_back, unrolled
+from laavit.files import read_object
+from laavit.latents import NO_LATENTS, LatentLayout
+from laavit.paths import EXPORT_CARD
+from laavit.recipe import zoo_path
 from laavit.registry import UserError
 from laavit.structures import Batch, Encoded, Role
 
@@ -29,10 +33,11 @@ class Backbone:
 
     Args:
         model: the Hugging Face model. processor: its processor.
+        layout: of the latents that it was trained with, or will be: whether they are fed back.
     """
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
-        self.model, self.processor = model, processor
+    def __init__(self, model: nn.Module, processor: Any, layout: LatentLayout = NO_LATENTS) -> None:
+        self.model, self.processor, self.layout = model, processor, layout
         self.family = family_of(model.config, processor)  # type: ignore[arg-type]
 
     @classmethod
@@ -67,12 +72,16 @@ class Backbone:
         quantized = quantization_config(quantization, kind)
         processor = read_processor(path, min_pixels, max_pixels)  # small, and refused before the weights are read
         model = read_model(path, kind, device, attention, device_map, quantized)
-        backbone = cls(model, processor)
+        backbone = cls(model, processor, exported_layout(path))
         backbone.family.set_images(images or {})
-        runs = backbone.family.decoder(model).config._attn_implementation  # type: ignore[union-attr]
-        if runs != attention:
-            raise UserError(f"the decoder of '{path}' runs the attention '{runs}', not '{attention}'")
+        if backbone.attention != attention:
+            raise UserError(f"the decoder of '{path}' runs the attention '{backbone.attention}', not '{attention}'")
         return backbone
+
+    @property
+    def attention(self) -> str:
+        """The attention function that the decoder runs."""
+        return str(self.family.decoder(self.model).config._attn_implementation)  # type: ignore[union-attr]
 
     @property
     def tokenizer(self) -> Any:
@@ -102,14 +111,22 @@ class Backbone:
         return SequenceBuilder(self.processor, self.family, prompt, latents)
 
     def forward(self, batch: Batch, context: AttentionContext | None = None) -> Tensor:
-        """Hidden states after the decoder's final norm: [B, S, D].
+        """Hidden states after the decoder's final norm: [B, S, D]; latents that are fed back are unrolled.
 
         Right-padded batches need no attention mask: a causal decoder never looks ahead into the padding.
         """
+        if self.layout.feedback and bool((batch.roles == Role.LATENT).any()):
+            return unrolled(self, batch, context)
+        return self.read(batch, context)
+
+    def read(self, batch: Batch, context: AttentionContext | None = None, stop: int | None = None) -> Tensor:
+        """One pass over a batch's first ``stop`` columns, all its images among them; as ``forward``."""
+        ids, positions = batch.input_ids[:, :stop], batch.position_ids
         features = None if batch.features is None else [f.to(self.device) for f in batch.features]
-        inputs = self.family.inputs(batch.vision, features) | self.family.text_inputs(batch.input_ids)
+        inputs = self.family.inputs(batch.vision, features) | self.family.text_inputs(ids)
+        positions = positions[..., :stop] if positions is not None else None
         output = self.model.model(  # type: ignore[operator]
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, laavit=context, **inputs
+            input_ids=ids, position_ids=positions, use_cache=False, laavit=context, **inputs
         )
         return output.last_hidden_state
 
@@ -129,6 +146,9 @@ class Backbone:
 
         Args:
             cache: an empty one, to be left with the keys and values of prompts and answers (``go_on``).
+
+        Raises:
+            UserError: latents are fed back, and a cache is given, or the prompts do not end with latents.
         """
         length = max(len(p.input_ids) for p in prompts)
         pad = self.tokenizer.pad_token_id
@@ -141,6 +161,10 @@ class Backbone:
         inputs = self.family.inputs(self.family.batch([p.vision for p in prompts]), features)
         inputs |= {"input_ids": ids, "attention_mask": mask} | self.family.text_inputs(ids)
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        if self.layout.feedback and any(bool((p.roles == Role.LATENT).any()) for p in prompts):
+            if cache is not None:
+                raise UserError("latents that are fed back are read in passes of their own: take extract.passes=2")
+            inputs = fed_back(self, inputs)
         if cache is not None:
             inputs["past_key_values"] = cache
         out = self.model.generate(  # type: ignore[operator]
@@ -187,6 +211,11 @@ class Backbone:
         """Write a plain Hugging Face folder: configuration, weights, generation settings, processor."""
         self.model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
         self.processor.save_pretrained(folder)
+
+
+def exported_layout(path: str) -> LatentLayout:
+    """The layout of the latents that an export was trained with; ``NO_LATENTS`` where a folder is no export."""
+    return LatentLayout(**read_object(Path(zoo_path(path)) / EXPORT_CARD).get("layout", {}))
 
 
 def digest_of(weights: nn.Module | Mapping[str, Tensor]) -> str:

@@ -29,7 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
+from laavit.backbones.base import Backbone
 from laavit.backbones.chat import text_settings
+from laavit.backbones.unrolling import fed_back
 from laavit.custom import import_custom
 from laavit.evaluation.images import CachedImages, images_of
 from laavit.evaluation.interventions import latent_ids
@@ -126,6 +128,8 @@ class Laavit(lmms):
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         self.processor.image_processor = CachedImages(self.processor.image_processor, image_cache_mb * 2**20)
+        #: what unrolls latents that are fed back; None where there are none
+        self.backbone = Backbone(self.model, self.processor, self.layout) if self.layout.feedback else None
         self.system = self._resolve_system_prompt(system) if system is not None else self.export.get("system")
         self.latent_ids = latent_ids(self.tokenizer)
         if latents == "off" and not self.latent_ids:
@@ -172,6 +176,8 @@ class Laavit(lmms):
     ) -> list[tuple[GenerationResult, int]]:
         """The answers, and how many latents the model wrote for each (0 where its prompt holds them)."""
         inputs = self.encode(chats)
+        if self.backbone is not None:
+            inputs = fed_back(self.backbone, inputs)
         start, markup, room = inputs["input_ids"].shape[1], self._markup, self.layout.written
         forbidden: dict[str, Any] = {}
         if markup and self.latents == "off":

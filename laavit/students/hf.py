@@ -14,7 +14,7 @@ from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone
 from laavit.backbones.chat import PromptSettings, SequenceBuilder
 from laavit.backbones.loading import ATTENTIONS, check_shapes
-from laavit.latents import NO_LATENTS, latent_tokens
+from laavit.latents import NO_LATENTS, check_attention, latent_tokens
 from laavit.registry import STUDENTS, UserError, nearest
 from laavit.structures import Batch
 from laavit.students.freezing import freeze as freeze_parts
@@ -77,11 +77,14 @@ class HFStudent(nn.Module):
         """Add the latents' tokens and rows, freeze what the recipe freezes, then add adapters.
 
         Raises:
-            UserError: a name to freeze fits no parameter, or one of adapters' targets no linear layer.
+            UserError: a name to freeze fits no parameter, one of adapters' targets no linear layer, or the attention
+                function cannot train these latents.
         """
         if latents is not None:
+            check_attention(latents.layout, self.backbone.attention)
             latents.add_to(self.model, self.backbone.tokenizer, generator)
             self.layout = latents.layout
+        self.backbone.layout = self.layout
         freeze_parts(self.backbone, self.freeze, self.path)
         rows = self.backbone.tokenizer.convert_tokens_to_ids(latent_tokens(self.latents))
         if self.lora is not None:

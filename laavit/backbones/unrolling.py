@@ -1,0 +1,196 @@
+"""Latents that are fed back (Coconut, arXiv 2412.06769; LVR, arXiv 2509.24251), unrolled: in training and to generate.
+
+A latent's position reads no embedding: it reads the state, after the decoder's final norm, of the position before it.
+So a sequence is read in K + 2 passes: prompts, each latent (one position a sample), separator and answers. No position
+is read twice. In training the keys and values of earlier passes are kept by the attention function
+(laavit/segments.py), under gradient checkpointing too; to generate, in transformers' cache, from which its own
+``generate`` goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from laavit.attention import AttentionContext
+from laavit.backbones.rows import positions
+from laavit.latents import check_attention, latent_tokens
+from laavit.registry import UserError
+from laavit.segments import Segment, joined_rows, places, segments
+from laavit.structures import Batch, Role
+
+if TYPE_CHECKING:
+    from laavit.backbones.base import Backbone
+
+#: arguments of ``generate`` that have an entry for every token of the prompt
+BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+def unrolled(backbone: Backbone, batch: Batch, context: AttentionContext | None = None) -> Tensor:
+    """Hidden states [B, S, D] of samples whose latents read the state before them, by the batch's columns.
+
+    Args:
+        context: as of one pass; paths and rows count in the batch's columns, and it receives the rows.
+
+    Raises:
+        UserError: a sample has no latents, or the decoder's attention keeps no keys.
+    """
+    check_attention(backbone.layout, backbone.attention)
+    context, length = context or AttentionContext(), batch.roles.shape[1]
+    parts = _passes(batch)
+    contexts, index = _contexts(context, parts, length)
+    decoder: Any = backbone.family.decoder(backbone.model)
+    table: Any = backbone.model.get_input_embeddings()  # type: ignore[operator]
+
+    def read(number: int, embeddings: Tensor) -> Tensor:
+        """The states of a pass that goes on: [B, Q, D] -> [B, Q, D]."""
+        columns = parts[number].columns.clamp(min=0)
+        if batch.position_ids is not None:
+            columns = batch.position_ids.gather(-1, columns.expand(*batch.position_ids.shape[:-1], -1))
+        output = decoder(inputs_embeds=embeddings, position_ids=columns, use_cache=False, laavit=contexts[number])
+        return output.last_hidden_state
+
+    width = parts[0].columns.shape[1]
+    states = [backbone.read(batch, contexts[0], width)]
+    state = _chosen(states[0], (parts[0].columns >= 0).sum(1, keepdim=True) - 1)
+    words = table(batch.input_ids.gather(1, parts[-1].columns.clamp(min=0)))
+    feedback = Feedback(backbone)
+    for number in range(1, len(parts) - 1):
+        state = read(number, feedback(state).to(words.dtype))
+        states.append(state)
+    states.append(read(len(parts) - 1, words))
+    if context.rows is not None and index:
+        shape = (context.rows.shape[1], length)
+        asked, which = [parts[number] for number in index], list(index.values())
+        context.take([contexts[number] for number in index], lambda rows: joined_rows(rows, asked, which, *shape))
+    return _chosen(torch.cat(states, 1), places(parts, length))
+
+
+class Feedback:
+    """What a latent's position reads of the state before it.
+
+    Args:
+        backbone: its layout says how a state is scaled: not at all, or to the root mean square of the vocabulary's
+            embeddings (those of the latents left out) as the decoder reads them.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.size: Tensor | None = vocabulary_rms(backbone) if backbone.layout.scale == "vocabulary" else None
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """[B, 1, D] -> [B, 1, D]."""
+        if self.size is None:
+            return state
+        exact = state.to(self.size.dtype)
+        return exact * (self.size / exact.square().mean(-1, keepdim=True).sqrt())
+
+
+@torch.no_grad()
+def vocabulary_rms(backbone: Backbone) -> Tensor:
+    """The root mean square of the vocabulary's input embeddings, a scalar of float32 or more.
+
+    The latents' own rows are left out: adapters keep them elsewhere until they are merged.
+    """
+    table: Any = backbone.model.get_input_embeddings()  # type: ignore[operator]
+    ids = backbone.tokenizer.convert_tokens_to_ids(latent_tokens(backbone.layout.most))
+    weight, exact = table.weight, torch.promote_types(table.weight.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(weight, dtype=exact).square() - weight[ids].to(exact).square().sum()
+    # Gemma's table multiplies what it looks up.
+    return (squares / weight[0].numel() / (len(weight) - len(ids))).sqrt() * getattr(table, "scalar_embed_scale", 1.0)
+
+
+def _passes(batch: Batch) -> list[Segment]:
+    """Prompts, each latent, separators and answers.
+
+    A shorter sample's columns past its prompt are read beside the longest prompt, and seen by nobody.
+
+    Raises:
+        UserError: a sample has no latents.
+    """
+    latents, after = (positions(batch.roles == role) for role in (Role.LATENT, Role.ANSWER))
+    starts = latents[:, :1]
+    if bool((starts < 0).any()):
+        sample = batch.samples[int((starts[:, 0] < 0).nonzero()[0])]
+        raise UserError(f"sample '{sample.id}' has no latents to feed back, and others of its batch do")
+    prompt = torch.arange(int(starts.max()), device=starts.device).expand(len(starts), -1)
+    return segments([torch.where(prompt < starts, prompt, -1), *latents.split(1, 1), after])
+
+
+def _contexts(
+    context: AttentionContext, parts: list[Segment], length: int
+) -> tuple[list[AttentionContext], dict[int, Tensor]]:
+    """The context of each pass; and, of the passes that record rows, which ones: long [B, R_i], -1 pads."""
+    first = parts[0].columns
+    width = first.shape[1]
+    paths = tuple(
+        replace(path, queries=path.queries[:, :width] & (first >= 0), keys=path.keys[:, :width])
+        for path in context.paths
+    )
+    found: list[AttentionContext] = []
+    index: dict[int, Tensor] = {}
+    offset = 0
+    place = places(parts, length).gather(1, context.rows.clamp(min=0)) if context.rows is not None else None
+    for number, part in enumerate(parts):
+        rows = None
+        if place is not None:
+            own = positions((place >= offset) & (place < offset + part.columns.shape[1]))
+            if own.shape[1]:
+                rows, index[number] = (place.gather(1, own.clamp(min=0)) - offset).masked_fill(own < 0, -1), own
+        found.append(context.part(part, rows, context.paths if part.past else paths))
+        offset += part.columns.shape[1]
+    return found, index
+
+
+def _chosen(states: Tensor, index: Tensor) -> Tensor:
+    """States [B, Q, D] at positions [B, N]: [B, N, D]."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+@torch.no_grad()
+def fed_back(backbone: Backbone, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``generate`` goes on from when the latents at the end of prompts read the states before them.
+
+    The prompts are read once, then one latent after another; all but the separator is in the cache then.
+
+    Args:
+        inputs: arguments of ``generate`` for a left-padded batch of prompts [B, S] that end with latents and separator:
+            ids, mask, image inputs; ``position_ids`` where they are not to be worked out from the mask.
+
+    Returns: ids, mask, positions and cache in their place.
+
+    Raises:
+        UserError: a prompt does not end with latents and separator, or the numbers of latents are too unequal.
+    """
+    model: Any = backbone.model
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    known = torch.tensor(
+        backbone.tokenizer.convert_tokens_to_ids(latent_tokens(backbone.layout.most)), device=ids.device
+    )
+    latents = torch.isin(ids, known[:-1])
+    if not bool((ids[:, -1] == known[-1]).all() and latents[:, -2].all()):
+        raise UserError("the latents are fed back, and a prompt does not end with latents and their separator")
+    start, stop = int(latents.any(0).float().argmax()), ids.shape[1] - 1
+    if bool((ids[:, start:stop] == backbone.family.image_token_id).any()):
+        raise UserError("the numbers of latents of these prompts differ too much for one batch: ask one by one")
+    where = inputs.get("position_ids")
+    if where is None:
+        where = model._prepare_position_ids_for_generation(ids, dict(inputs))
+    cache = DynamicCache(config=model.config)
+    first = {name: value[:, :start] if name in BY_TOKEN else value for name, value in inputs.items()}
+    first |= {"position_ids": where[..., :start], "past_key_values": cache, "use_cache": True}
+    state = model.model(**first).last_hidden_state[:, -1:]
+    decoder: Any = backbone.family.decoder(model)
+    feedback, table = Feedback(backbone), model.get_input_embeddings()
+    for column in range(start, stop):
+        here = slice(column, column + 1)
+        words = table(ids[:, here])  # of prompts with fewer latents, which are not there yet
+        state = decoder(
+            inputs_embeds=torch.where(latents[:, here, None], feedback(state).to(words.dtype), words),
+            attention_mask=mask[:, : column + 1], position_ids=where[..., here], past_key_values=cache, use_cache=True,
+        ).last_hidden_state  # fmt: skip
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": where, "past_key_values": cache}
