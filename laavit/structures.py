@@ -114,6 +114,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class AnswerLogits:
+    """What a teacher expected at every token of the gold answer, read along it (teacher-forced).
+
+    Args:
+        tokens: long [M], the answer in the teacher's tokenizer, with what its family writes around it: its end, too.
+        ids: long [M, k], the k tokens that were most probable at each, the most probable first.
+        logprobs: float32 [M, k], their log-probabilities; what their sum lacks of 1 is on all other tokens.
+    """
+
+    tokens: Tensor
+    ids: Tensor
+    logprobs: Tensor
+
+
+@dataclass(frozen=True)
 class Trace:
     """What a teacher left behind for one sample.
 
@@ -130,6 +145,7 @@ class Trace:
             it is pooled.
         steps: the trajectory in steps, in order; empty where the extraction records only the aggregate.
         blind_answer: what a model answered that did not see the image; None where nothing was asked.
+        logits: what the teacher expected along the gold answer; None where it was not recorded.
         verdicts: a filter's name -> whether the sample passes it.
         scores: a filter's name -> the figure behind the verdict (for example the attention mass inside the boxes).
     """
@@ -143,6 +159,7 @@ class Trace:
     semantic_tokens: Tensor | None = None
     steps: tuple[Step, ...] = ()
     blind_answer: str | None = None
+    logits: AnswerLogits | None = None
     verdicts: Mapping[str, bool] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
 

@@ -161,6 +161,7 @@ def print_difference(found: Difference, names: tuple[Path, Path], show: int = 5)
         ("other tiles", found.tiles),
         ("other steps", found.steps),
         ("semantics of another shape", found.semantics),
+        ("other answer logits", found.logits),
     ):
         _listed(what, keys, show)
     for name, keys in found.verdicts.items():

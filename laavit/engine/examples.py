@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from laavit.structures import Step, Tile, Trace
+from laavit.backbones.rows import emits
+from laavit.structures import AnswerLogits, Encoded, Step, Tile, Trace
 
 
 def stored_rows(settings: Mapping[str, Any], tokens: int) -> int:
@@ -19,8 +21,10 @@ def stored_rows(settings: Mapping[str, Any], tokens: int) -> int:
     return {"full": tokens, "top_k_rows": min(settings["top_k"], tokens)}.get(settings["semantics"], 0)
 
 
-def example_trace(tiles: tuple[Tile, ...], width: int, settings: Mapping[str, Any]) -> Trace:
-    """A trace over a teacher's tiles. width: of its semantics. settings: of the extraction."""
+def example_trace(tiles: tuple[Tile, ...], width: int, settings: Mapping[str, Any], item: Encoded) -> Trace:
+    """A trace over a teacher's tiles. width: of its semantics. settings: of the extraction. item: what it is about."""
+    words, kept = item.labels[(item.labels >= 0) & ~emits(item.roles)], settings.get("logits", 0)
+    ids = torch.arange(kept).expand(len(words), -1)
     tokens = sum(tile.cells for tile in tiles)
     rows = stored_rows(settings, tokens)
     semantics = torch.rand(rows or 1, width)
@@ -33,4 +37,5 @@ def example_trace(tiles: tuple[Tile, ...], width: int, settings: Mapping[str, An
         mass=1.0,
         semantic_tokens=torch.arange(rows) if rows else None,
         steps=() if settings["steps"] == "none" else (Step("", "", torch.rand(tokens)),),
+        logits=AnswerLogits(words, ids, torch.full(ids.shape, -math.log(kept + 1))) if kept else None,
     )

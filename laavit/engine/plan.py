@@ -244,10 +244,10 @@ def prepared_targets(shaped: Shaped, item: Encoded, size: int) -> dict[str, dict
         if target.needs_trace and target.store is not None:  # its maps are taken to be of the student's size
             header = header_of(target.store)
             tiles = tuple(span.tile for span in item.spans)
-            trace = example_trace(tiles, header["width"], settings | header.get("settings", {}))
+            trace = example_trace(tiles, header["width"], settings | header.get("settings", {}), item)
         elif target.needs_trace:
             assert teacher is not None and shaped.teacher_plan is not None, "shape_models asks for a teacher"
-            trace = example_trace((Tile(*shaped.grid("teacher", shaped.teacher_plan)),), teacher.width, settings)
+            trace = example_trace((Tile(*shaped.grid("teacher", shaped.teacher_plan)),), teacher.width, settings, item)
         one[name] = target.prepare(item, trace)
     return {name: stack([prepared] * size) for name, prepared in one.items()}
 
@@ -319,13 +319,14 @@ def extraction_pass(shaped: Shaped, load: Load) -> dict[str, int]:
     tokens = grid[0] * grid[1]
     gaze = 8 * settings.gaze_top_k if settings.gaze_top_k else 4 * tokens  # float32, with an int32 index where sparse
     steps = 1 if settings.steps == "none" else 1 + load.answer  # the aggregate, and at most one map a token
+    stored = max(stored_rows(settings.card(), tokens), 1)
     vision = vision_pass(backbone, grid, shaped.mode, "fp32")["peak"] * settings.batch_size
     return {
         "weights": bytes_of(backbone.model.parameters()),
         "activations": max(meter.peak, vision),
         "key-value cache": keys,
         "image_tokens": tokens,
-        "trace": gaze * steps + 4 * max(stored_rows(settings.card(), tokens), 1) * backbone.width,
+        "trace": gaze * steps + 4 * stored * backbone.width + 8 * settings.logits * load.answer,
     }
 
 

@@ -3,7 +3,8 @@
 Answering begins with a pass over the prompt, which gives the states of the image tokens and the rows of all positions
 up to the answer. The answer's own rows come from one more pass over its words alone, on the prompt's cached keys and
 values: O(T) queries in place of the whole prompt's. The answer is read as the sequence builder tokenises its text, as
-in a second pass over everything; what was generated may be other tokens of the same text.
+in a second pass over everything; what was generated may be other tokens of the same text. Logits along the gold answer
+(``extract.logits``) come from one more such pass, over the gold answer's words.
 
 The cache keeps all keys of every layer: one that drops what a sliding window has left behind could not give a row back
 to where the prompt ended.
@@ -25,7 +26,8 @@ from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone, collate
 from laavit.backbones.chat import SequenceBuilder
 from laavit.backbones.rows import ROW_KINDS, image_rows, positions
-from laavit.structures import Encoded, Role, Trace
+from laavit.structures import AnswerLogits, Encoded, Role, Trace
+from laavit.teachers.logits import answer_logits
 from laavit.teachers.recording import asked, image_states, layer_states, recording, traces_of
 from laavit.teachers.settings import ExtractSettings
 from laavit.traces.tagger import Tagger
@@ -71,7 +73,29 @@ def answer_and_record(
     slots = _slots(before, starts, found.batch.roles.shape[1]).to(found.index)
     place = slots.gather(1, found.index.clamp(min=0))
     rows = recorded.gather(1, place[:, :, None].expand(-1, -1, recorded.shape[-1]))
-    return traces_of(found, rows, valid, states, settings, hidden[0].dtype, blind)
+    traces = traces_of(found, rows, valid, states, settings, hidden[0].dtype, blind)
+    if not settings.logits:
+        return traces
+    gold = [builder.with_answer(prompt, prompt.sample.answer) for prompt in bare]
+    logits = _along(backbone, bare, gold, cache, hidden[0][:, -1], settings.logits)
+    return [replace(trace, logits=each) for trace, each in zip(traces, logits, strict=True)]
+
+
+def _along(
+    backbone: Backbone, prompts: Sequence[Encoded], gold: Sequence[Encoded], cache: DynamicCache, last: Tensor, k: int
+) -> list[AnswerLogits]:
+    """What is expected along the gold answers, read on the prompts' cached keys.
+
+    Args:
+        prompts: as they were answered. gold: with the gold answer. last: [B, D], the states where the prompts end: they
+            predict the first token.
+    """
+    context = AttentionContext()
+    with first_pass(backbone, context) as words:
+        backbone.go_on(prompts, gold, cache, context)
+    states = torch.cat([last[:, None], words[0]], 1)  # [B, 1 + T, D]
+    counts = [int((item.labels >= 0).sum()) for item in gold]
+    return answer_logits(backbone, [state[:count] for state, count in zip(states, counts, strict=True)], gold, k)
 
 
 @contextmanager

@@ -52,10 +52,10 @@ def store_header(card: Mapping[str, Any], settings: ExtractSettings, data: Mappi
     """What a store says about itself; a run or a recipe whose settings differ from it is refused.
 
     Args:
-        card: the teacher's.
+        card: the teacher's; its tokenizer matters where answer logits are kept.
     """
     return {
-        **card,
+        **{key: value for key, value in card.items() if key != "tokenizer_sha256" or settings.logits},
         "laavit": __version__,
         "torch": version("torch"),
         "transformers": version("transformers"),
@@ -164,8 +164,8 @@ class ShardWorker:
             settings,
             advance,
         )
-        self.top_k, self.dtype = storage(plan.header.content)
-        self.features = trace_features(self.dtype)
+        self.storing = storage(plan.header.content)
+        self.features = trace_features(*self.storing[1:])
 
     def __call__(self, index: int) -> bool:
         """Whether the shard is done, by this process or by another; False where another one has it in work."""
@@ -239,7 +239,7 @@ class ShardWorker:
         rows = []
         for trace in traces:
             try:
-                rows.append(encode(trace, self.top_k, self.dtype))
+                rows.append(encode(trace, *self.storing))
             except UserError as error:  # its figures do not fit the store's types
                 aside[trace.sample_id] = str(error)
         return rows, aside

@@ -15,6 +15,7 @@ from laavit.registry import UserError
 from laavit.structures import Encoded, Sample, Trace
 from laavit.teachers.answering import answer_and_record
 from laavit.teachers.blind import BlindReader
+from laavit.teachers.logits import check_top_k
 from laavit.teachers.recording import record, recording, state_layer
 from laavit.teachers.settings import ExtractSettings
 from laavit.traces.tagger import load_tagger
@@ -58,15 +59,17 @@ class HFExtractor:
         latents: of a model that was trained with some (to look at a student), K or their layout; 0 for a plain one.
 
     Raises:
-        UserError: the model has no such layer or head, or the tagger or the text-only model cannot be loaded.
+        UserError: the model has no such layer or head, or fewer tokens than are to be kept; the tagger or the text-only
+            model cannot be loaded.
     """
 
     def __init__(self, backbone: Backbone, settings: ExtractSettings, latents: int | LatentLayout = 0) -> None:
         self.backbone, self.settings = backbone, settings
         prompt = PromptSettings(system=settings.system, order=settings.prompt_order)
         self.preparer = HFPreparer(backbone.builder(prompt, latents), settings.blind == "teacher")
-        recording(backbone, settings, torch.empty(1, 0, dtype=torch.long))  # both raise before the first batch
+        recording(backbone, settings, torch.empty(1, 0, dtype=torch.long))  # these raise before the first batch
         state_layer(backbone, settings.semantics_layer)
+        check_top_k(backbone, settings.logits)
         self.tagger = load_tagger(settings.tagger) if settings.tagger and settings.steps != "none" else None
         self.reader: BlindReader | None = None
         if settings.blind not in (None, "teacher"):

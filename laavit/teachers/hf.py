@@ -10,6 +10,7 @@ from laavit.backbones.base import Backbone
 from laavit.latents import LatentLayout
 from laavit.registry import TEACHERS
 from laavit.teachers.extractor import HFExtractor
+from laavit.teachers.logits import vocabulary_digest
 from laavit.teachers.settings import ExtractSettings
 
 
@@ -64,6 +65,7 @@ class HFTeacher:
             "processor": type(processor).__name__,
             "image_processor": processor.image_processor.to_json_string(),
             "chat_template": processor.chat_template,
+            "tokenizer_sha256": vocabulary_digest(processor.tokenizer),
             "width": self.backbone.width,
             "depth": self.backbone.depth,
         }

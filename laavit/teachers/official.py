@@ -87,7 +87,8 @@ class LaViT15kFeatures:
         for name, recorded in RECORDED.items():
             if getattr(settings, name) != recorded:
                 raise UserError(f"extract.{name}: the published features were recorded with {recorded}")
-        fixed = {"normalisation": "none", "blind": None, "tagger": None, "heads": None, "semantics_layer": -1}
+        fixed: dict[str, Any] = {"normalisation": "none", "blind": None, "tagger": None, "heads": None, "logits": 0}
+        fixed["semantics_layer"] = -1
         for name, value in fixed.items():
             if getattr(settings, name) != value:
                 raise UserError(f"extract.{name}: the published features allow {value!r} alone")

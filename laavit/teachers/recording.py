@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from laavit.backbones.rows import emits, image_rows, positions, row_positions
 from laavit.registry import UserError
 from laavit.structures import Batch, Encoded, Role, Step, Trace
 from laavit.teachers.base import SampleError
+from laavit.teachers.logits import answer_logits, predicting
 from laavit.teachers.settings import ExtractSettings
 from laavit.teachers.steps import Steps, split_answer, step_maps, token_offsets
 from laavit.traces.gaze import normalise, to_distribution
@@ -78,6 +79,8 @@ def record(
 ) -> list[Trace]:
     """One teacher-forced pass over answered samples: gaze (Eq. 2), semantics and steps of each.
 
+    Where the answers are the gold ones, what the teacher expects along them is read in the same pass.
+
     Args:
         encoded: samples with their answer (``SequenceBuilder.with_answer``). answers: the same answers as text.
         tagger: names the groups of the steps. blind: what was answered without the image.
@@ -91,7 +94,11 @@ def record(
         hidden = backbone.forward(found.batch, context)
     rows, valid = image_rows(context.mean_rows(), found.batch.roles)  # [B, R, N], [B, N]
     states = image_states(kept[0] if kept else hidden, found.batch.roles)  # [B, N, D]
-    return traces_of(found, rows, valid, states, settings, hidden.dtype, blind)
+    traces = traces_of(found, rows, valid, states, settings, hidden.dtype, blind)
+    if not settings.logits or settings.answer != "gold":
+        return traces
+    logits = answer_logits(backbone, predicting(hidden, encoded), encoded, settings.logits)
+    return [replace(trace, logits=each) for trace, each in zip(traces, logits, strict=True)]
 
 
 def traces_of(

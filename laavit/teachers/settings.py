@@ -48,6 +48,8 @@ class ExtractSettings:
         passes: how often a prompt is read for the teacher's answer: 1, its rows and states are recorded while it is
             answered, and the answer's words are read on the prompt's cached keys; or 2, answer and prompt are read
             together once more. Both record the same, up to rounding. A gold answer is always read in one pass.
+        logits: at every token of the gold answer, the k most probable tokens and their log-probabilities are kept
+            (whoever's ``answer`` it is whose attention is read); 0 keeps none.
         prompt_order: 'image_first' or 'question_first'.
         system: the teacher's system prompt; an empty one leaves it to the chat template.
         max_new_tokens: the longest answer. repetition_penalty: of the greedy answer (the authors' code: 1.05).
@@ -70,6 +72,7 @@ class ExtractSettings:
     blind: str | None = None
     answer: str = "teacher"
     passes: int = 1
+    logits: int = 0
     prompt_order: str = "image_first"
     system: str = ""
     max_new_tokens: int = 64
@@ -96,8 +99,11 @@ class ExtractSettings:
                 raise UserError(f"extract.{name}: at least 1, got {value}")
         if self.passes not in (1, 2):
             raise UserError(f"extract.passes: got {self.passes}; allowed: 1, 2")
-        if self.workers < 0:
-            raise UserError(f"extract.workers: at least 0, got {self.workers}")
+        for name in ("workers", "logits"):
+            if getattr(self, name) < 0:
+                raise UserError(f"extract.{name}: at least 0, got {getattr(self, name)}")
+        if self.logits and self.answer == "teacher" and self.passes == 2:
+            raise UserError("extract.logits: the gold answer is read on the prompt's cached keys, as in passes 1")
         if self.repetition_penalty <= 0:
             raise UserError(f"extract.repetition_penalty: above 0, got {self.repetition_penalty}")
         if self.steps == "group" and self.tagger is None:
@@ -144,12 +150,16 @@ class ExtractSettings:
         return tuple(sorted({_within("layers", int(layer), depth, "decoder layers") for layer in self.layers}))
 
     def card(self) -> dict[str, Any]:
-        """The settings as JSON data, for a store's header; those that change no bit of a trace are left out."""
+        """The settings as JSON data, for a store's header; those that change no bit of a trace are left out.
+
+        So is ``logits`` where none are kept: such a store is what it was before there was the setting.
+        """
 
         def plain(value: Any) -> Any:
             return [plain(item) for item in value] if isinstance(value, tuple) else value
 
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "workers"}
+        left_out = {"workers"} if self.logits else {"workers", "logits"}
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in left_out}
 
 
 def _layers(value: Any) -> tuple[int, ...] | None:

@@ -106,6 +106,8 @@ class StaticEncoder:
             raise UserError(f"extract.steps: '{settings.steps}' needs an answer, and a static encoder gives none")
         if settings.blind is not None:
             raise UserError("extract.blind: a static encoder answers no question, with or without the image")
+        if settings.logits:
+            raise UserError("extract.logits: a static encoder predicts no words, and has no logits along an answer")
 
     def card(self) -> dict[str, Any]:
         """What a store's header says; ``static`` is the query whose attention the gaze is."""
@@ -138,8 +140,8 @@ class StaticExtractor:
     apply.
 
     Raises:
-        UserError: the settings ask for what needs words (steps, a blind answer), or for a layer or a head that is not
-            there.
+        UserError: the settings ask for what needs words (steps, a blind answer, answer logits), or for a layer or a
+            head that is not there.
     """
 
     def __init__(self, teacher: StaticEncoder, settings: ExtractSettings) -> None:

@@ -15,6 +15,7 @@ import yaml
 from laavit.files import write_text
 from laavit.traces.funnel import filter_names, funnel
 from laavit.traces.judging import settings_of
+from laavit.traces.schema import storage
 from laavit.traces.store import TraceStore
 from laavit.traces.summary import settings_lines
 
@@ -34,6 +35,11 @@ COLUMNS = {
     "semantic_tokens": "the image tokens whose states semantics holds; empty where they are pooled",
     "step_texts, step_groups": "the steps of the trajectory and their groups (functional, object, attribute)",
     "step_values, step_indices": "the steps' maps, one after another, as gaze_values and gaze_indices",
+}
+LOGITS = {
+    "answer_tokens": "the gold answer in the teacher's tokenizer, its end included",
+    "logit_ids, logprobs": "the most probable tokens at each of answer_tokens, one token after another, and their "
+    "log-probabilities",
 }
 
 
@@ -75,7 +81,7 @@ def card_text(store: TraceStore, name: str | None = None) -> str:
         "apply).\n",
         _filters(store),
         _aside(store),
-        "## Columns\n\n" + _table(("column", "what"), COLUMNS.items()),
+        "## Columns\n\n" + _table(("column", "what"), (COLUMNS | (LOGITS if storage(head)[2] else {})).items()),
         f"Maps: {_maps(head)}. Semantics: {_semantics(head)}.\n",
         "## How to read it\n\n```python\nfrom laavit.traces.store import TraceStore\n\n"
         "store = TraceStore(\"FOLDER\")  # or laavit.traces.hub.local_store('hf://datasets/NAME/REPOSITORY')\n"

@@ -15,7 +15,7 @@ from laavit.traces.schema import VERDICT_FEATURES, storage, trace_features
 from laavit.traces.store import TraceStore, verify
 
 #: columns of numbers that have to be finite
-FINITE = ("mass", "gaze_values", "semantics", "step_values")
+FINITE = ("mass", "gaze_values", "semantics", "step_values", "logprobs")
 
 
 def problems(path: str | Path) -> dict[str, str]:
@@ -31,8 +31,8 @@ def problems(path: str | Path) -> dict[str, str]:
     found = verify(folder)
     header = shards.read_header(folder)
     assert header is not None, "verify has read it"
-    _, dtype = storage(header.content)
-    schema = trace_features(dtype).arrow_schema
+    _, dtype, logits = storage(header.content)
+    schema = trace_features(dtype, logits).arrow_schema
     names = [shards.shard_path(folder, index).name for index in range(header.shards)]
     for name in track(names, "checking shards", console=Console(stderr=True), transient=True):
         if name not in found and (reason := _content(folder / name, schema, dtype)):
@@ -48,7 +48,7 @@ def _content(file: Path, schema: pa.Schema, dtype: str) -> str:
         table = pa.ipc.open_stream(source).read_all()
     if not table.schema.equals(schema):
         return f"has the columns {', '.join(table.schema.names)}, or other types; schema {shards.SCHEMA} has others"
-    for name in FINITE:
+    for name in (name for name in FINITE if name in table.schema.names):
         column = table.column(name).combine_chunks()
         column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
         values = (column.flatten() if pa.types.is_list(column.type) else column).to_numpy(zero_copy_only=False)

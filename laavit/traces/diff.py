@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from laavit.structures import Trace
+from laavit.structures import AnswerLogits, Trace
 from laavit.traces import shards
 from laavit.traces.store import TraceStore
 
@@ -30,8 +30,8 @@ class Difference:
         header: sentence parts. only: samples that one side alone has, (first, second). answers, blind, tiles: samples
             whose answer, blind answer, or tiles differ. verdicts: filter -> samples judged differently (or on one side
             only). gaze_kl: KL(first ‖ second) of the maps as distributions; gaze_abs: greatest difference of a map;
-            cosine: of the semantics: each a figure a sample. steps: samples whose trajectories differ. same: samples
-            that are equal bit for bit.
+            cosine: of the semantics: each a figure a sample. steps, logits: samples whose trajectories or answer logits
+            differ. same: samples that are equal bit for bit.
     """
 
     header: list[str] = field(default_factory=list)
@@ -42,6 +42,7 @@ class Difference:
     tiles: list[str] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
     semantics: list[str] = field(default_factory=list)
+    logits: list[str] = field(default_factory=list)
     verdicts: dict[str, list[str]] = field(default_factory=dict)
     quarantined: list[str] = field(default_factory=list)
     gaze_kl: dict[str, float] = field(default_factory=dict)
@@ -113,6 +114,9 @@ def _compare(found: Difference, key: str, one: Trace, two: Trace) -> None:
         if not _equal_steps(one, two):
             found.steps.append(key)
             same = False
+    if not _equal_logits(one.logits, two.logits):
+        found.logits.append(key)
+        same = False
     found.mass_abs[key] = abs(one.mass - two.mass)
     same &= one.mass == two.mass
     if one.semantics.shape == two.semantics.shape and _equal(one.semantic_tokens, two.semantic_tokens):
@@ -127,6 +131,12 @@ def _compare(found: Difference, key: str, one: Trace, two: Trace) -> None:
 
 def _equal(one: Tensor | None, two: Tensor | None) -> bool:
     return one is two or (one is not None and two is not None and torch.equal(one, two))
+
+
+def _equal_logits(one: AnswerLogits | None, two: AnswerLogits | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return all(_equal(a, b) for a, b in ((one.tokens, two.tokens), (one.ids, two.ids), (one.logprobs, two.logprobs)))
 
 
 def _equal_steps(one: Trace, two: Trace) -> bool:

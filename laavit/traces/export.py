@@ -18,7 +18,7 @@ from rich.progress import track
 from laavit.files import TEMPORARY, write_bytes
 from laavit.registry import UserError
 from laavit.structures import Trace
-from laavit.traces.schema import SEMANTICS_DTYPES
+from laavit.traces.schema import SEMANTICS_DTYPES, storage
 from laavit.traces.store import TraceStore, TraceWriter
 
 #: rows written at once
@@ -129,13 +129,17 @@ def plain_row(trace: Trace) -> dict[str, Any]:
         "semantic_tokens": None if trace.semantic_tokens is None else trace.semantic_tokens.tolist(),
         "steps": [{"text": s.text, "group": s.group, "gaze": s.gaze.tolist()} for s in trace.steps],
     }
+    if trace.logits is not None:
+        row["logits"] = {name: values.tolist() for name, values in vars(trace.logits).items()}
     row |= {f"verdict.{name}": value for name, value in trace.verdicts.items()}
     # no figure (a sample without boxes) is null, which every reader knows; NaN is no JSON
     return row | {f"score.{name}": None if math.isnan(value) else value for name, value in trace.scores.items()}
 
 
-def _plain_schema(names: Sequence[str]) -> pa.Schema:
+def _plain_schema(names: Sequence[str], logits: bool) -> pa.Schema:
     numbers = pa.list_(pa.float32())
+    ids = pa.list_(pa.int32())
+    kept = pa.struct({"tokens": ids, "ids": pa.list_(ids), "logprobs": pa.list_(numbers)})
     tile = pa.struct({"height": pa.int32(), "width": pa.int32(), "image": pa.int32(), "region": pa.list_(pa.float64())})
     return pa.schema(
         {
@@ -146,8 +150,9 @@ def _plain_schema(names: Sequence[str]) -> pa.Schema:
             "tiles": pa.list_(tile),
             "gaze": numbers,
             "semantics": pa.list_(numbers),
-            "semantic_tokens": pa.list_(pa.int32()),
+            "semantic_tokens": ids,
             "steps": pa.list_(pa.struct({"text": pa.string(), "group": pa.string(), "gaze": numbers})),
+            **({"logits": kept} if logits else {}),
             **{f"verdict.{name}": pa.bool_() for name in names},
             **{f"score.{name}": pa.float64() for name in names},
         }
@@ -156,7 +161,7 @@ def _plain_schema(names: Sequence[str]) -> pa.Schema:
 
 def export_parquet(store: TraceStore, out: Path, ids: Sequence[str]) -> None:
     """Traces as one Parquet file; the store's header stands in its metadata as ``laavit``."""
-    schema = _plain_schema(sorted(store.verdicts()))
+    schema = _plain_schema(sorted(store.verdicts()), bool(storage(store.header)[2]))
     schema = schema.with_metadata({"laavit": json.dumps(store.header, ensure_ascii=False)})
 
     def write(path: Path) -> None:

@@ -127,5 +127,5 @@ def _by_samples(out: Path, parts: Sequence[Path], header: Header) -> Merged:
     return Merged(len(merged), dropped, ())
 
 
-def _bytes(trace: Trace, top_k: int | None, dtype: str) -> bytes:
-    return shards.stream_bytes([encode(trace, top_k, dtype)], trace_features(dtype))
+def _bytes(trace: Trace, top_k: int | None, dtype: str, logits: int) -> bytes:
+    return shards.stream_bytes([encode(trace, top_k, dtype, logits)], trace_features(dtype, logits))

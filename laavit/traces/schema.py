@@ -6,6 +6,7 @@ semantics (1 where they are pooled) and P steps:
 
     b M D + 8 e (P + 1)  [full maps: 4 N (P + 1)]  + 4 M where not pooled + 12 T + 32 T where tiles are parts of images
     + 76 + 8 P + the texts (id, answer, blind answer, and each step's words and group)
+    + 12 + A (4 + 8 K) for the K log-probabilities at each of A answer tokens, where they are kept
 
 and, once a shard, about 5 kB of Arrow's framing. ``TraceStore.bytes_per_sample`` measures it.
 """
@@ -22,7 +23,7 @@ from datasets import Features, List, Value
 from torch import Tensor
 
 from laavit.registry import UserError, nearest
-from laavit.structures import Step, Tile, Trace
+from laavit.structures import AnswerLogits, Step, Tile, Trace
 from laavit.traces.gaze import top_k_indices
 
 #: what semantics are stored as: the settings' name -> the column's type; Arrow knows no bfloat16, so its bits are kept
@@ -34,22 +35,30 @@ Row = dict[str, Any]
 VERDICT_FEATURES = Features({"sample_id": Value("string"), "verdict": Value("bool"), "score": Value("float64")})
 
 
-def storage(header: Mapping[str, Any]) -> tuple[int | None, str]:
-    """What a store's header says of storage: ``gaze_top_k`` and ``semantics_dtype``, checked.
+def storage(header: Mapping[str, Any]) -> tuple[int | None, str, int]:
+    """What a store's header says of storage: ``gaze_top_k``, ``semantics_dtype`` and ``settings.logits``, checked.
 
     Raises:
-        UserError: either is not one of those allowed.
+        UserError: one of them is not one of those allowed.
     """
-    k, dtype = header["gaze_top_k"], header["semantics_dtype"]
+    k, dtype, logits = header["gaze_top_k"], header["semantics_dtype"], (header.get("settings") or {}).get("logits", 0)
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise UserError(f"gaze_top_k is a whole number of at least 1 or none, got {k!r}")
     if dtype not in SEMANTICS_DTYPES:
         raise UserError(f"semantics_dtype is {dtype!r}; {nearest(str(dtype), SEMANTICS_DTYPES)}")
-    return k, dtype
+    if isinstance(logits, bool) or not isinstance(logits, int) or logits < 0:
+        raise UserError(f"settings.logits is a whole number of at least 0, got {logits!r}")
+    return k, dtype, logits
 
 
-def trace_features(semantics_dtype: str) -> Features:
-    """The columns of a shard. Index columns are empty where full maps, or pooled semantics, are stored."""
+def trace_features(semantics_dtype: str, logits: int = 0) -> Features:
+    """The columns of a shard. Index columns are empty where full maps, or pooled semantics, are stored.
+
+    Args:
+        logits: answer logits a token; without any there are no columns for them.
+    """
+    numbers = List(Value("int32"))
+    kept = {"answer_tokens": numbers, "logit_ids": numbers, "logprobs": List(Value("float32"))}
     return Features(
         {
             "sample_id": Value("string"),
@@ -71,15 +80,16 @@ def trace_features(semantics_dtype: str) -> Features:
             "score_names": List(Value("string")),
             "score_values": List(Value("float64")),
         }
+        | (kept if logits else {})
     )
 
 
-def encode(trace: Trace, gaze_top_k: int | None, semantics_dtype: str) -> Row:
+def encode(trace: Trace, gaze_top_k: int | None, semantics_dtype: str, logits: int = 0) -> Row:
     """A trace as the row that is stored.
 
     Raises:
-        UserError: the trace does not fit itself (maps against tiles, semantics against their tokens), or has
-            figures that are not finite.
+        UserError: the trace does not fit itself (maps against tiles, semantics against their tokens) or the number
+            of answer logits, or has figures that are not finite.
     """
     name = f"the trace of sample '{trace.sample_id}'"
     if not trace.sample_id:
@@ -109,6 +119,7 @@ def encode(trace: Trace, gaze_top_k: int | None, semantics_dtype: str) -> Row:
         "verdict_values": [bool(value) for value in trace.verdicts.values()],
         "score_names": [str(key) for key in trace.scores],
         "score_values": [float(value) for value in trace.scores.values()],
+        **_logits(trace.logits, logits, name),
     }
 
 
@@ -144,6 +155,27 @@ def _semantics(trace: Trace, dtype: str, name: str) -> np.ndarray:
     return (values.view(torch.uint16) if dtype == "bfloat16" else values).numpy().copy()
 
 
+def _logits(given: AnswerLogits | None, k: int, name: str) -> Row:
+    """The columns of answer logits, none where k is 0."""
+    if given is None and not k:
+        return {}
+    if given is None or not k:
+        raise UserError(f"{name} has {'no' if given is None else 'some'} answer logits; the store keeps {k} a token")
+    if given.ids.shape != (len(given.tokens), k) or given.logprobs.shape != given.ids.shape:
+        raise UserError(
+            f"{name} has answer logits of shape {tuple(given.logprobs.shape)} for ids {tuple(given.ids.shape)} and "
+            f"{len(given.tokens)} answer tokens; the store keeps {k} a token"
+        )
+    values = given.logprobs.detach().to("cpu", torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(f"{name} has answer logits that are not finite")
+    return {
+        "answer_tokens": given.tokens.cpu().to(torch.int32).numpy(),
+        "logit_ids": given.ids.cpu().to(torch.int32).flatten().numpy(),
+        "logprobs": values.flatten().numpy(),
+    }
+
+
 def decode(row: Mapping[str, Any], sparse: bool, semantics_dtype: str) -> Trace:
     """A stored row as a trace with dense maps and float32 semantics; tensors are copies, free of the memory map."""
     sides = row["tiles"].reshape(-1, 3).tolist()
@@ -169,9 +201,16 @@ def decode(row: Mapping[str, Any], sparse: bool, semantics_dtype: str) -> Trace:
         semantic_tokens=tokens if len(tokens) else None,
         steps=tuple(map(Step, row["step_texts"], row["step_groups"], maps[1:])),
         blind_answer=row["blind_answer"],
+        logits=_read_logits(row) if "answer_tokens" in row else None,
         verdicts=dict(zip(row["verdict_names"], row["verdict_values"], strict=True)),
         scores=dict(zip(row["score_names"], row["score_values"], strict=True)),
     )
+
+
+def _read_logits(row: Mapping[str, Any]) -> AnswerLogits:
+    tokens, ids = (torch.from_numpy(row[name].astype(np.int64)) for name in ("answer_tokens", "logit_ids"))
+    logprobs = torch.from_numpy(row["logprobs"].copy())
+    return AnswerLogits(tokens, ids.reshape(len(tokens), -1), logprobs.reshape(len(tokens), -1))
 
 
 def _dense(indices: Any, values: np.ndarray, cells: int, sparse: bool) -> Tensor:

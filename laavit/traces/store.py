@@ -56,7 +56,7 @@ class TraceStore(Sequence[Trace]):
         self._header = content
         self.header: dict[str, Any] = content.content
         self.planned = content.count
-        self._top_k, self._dtype = storage(self.header)
+        self._top_k, self._dtype, _ = storage(self.header)
         self._records: dict[int, Record] = {}
         self.missing: dict[int, str] = {}
         for index in range(content.shards):
@@ -247,8 +247,8 @@ class TraceWriter:
     Args:
         path: the store's folder, made if it does not exist, empty if it does.
         header: what the traces were made with, plain JSON data. ``gaze_top_k`` (int or None, default None: the full
-            map) and ``semantics_dtype`` ('float32', 'float16' or 'bfloat16', default 'float32') in it decide what is
-            stored.
+            map), ``semantics_dtype`` ('float32', 'float16' or 'bfloat16', default 'float32') and ``settings.logits``
+            (answer logits a token, default 0) in it decide what is stored.
         shard_size: samples a shard, those put aside included.
 
     Raises:
@@ -260,8 +260,8 @@ class TraceWriter:
         if shard_size < 1:
             raise UserError(f"shard_size is at least 1, got {shard_size}")
         self.header = shards.complete_header(header)
-        self._top_k, self._dtype = storage(self.header)
-        self._features = trace_features(self._dtype)
+        self._storing = storage(self.header)
+        self._features = trace_features(*self._storing[1:])
         self._size, self._ids, self._known = shard_size, list[str](), set[str]()
         self._rows: list[Row] = []
         self._aside: dict[str, str] = {}
@@ -286,7 +286,7 @@ class TraceWriter:
         Raises:
             UserError: the sample is there already, or the trace does not fit (shapes, non-finite figures).
         """
-        row = encode(trace, self._top_k, self._dtype)
+        row = encode(trace, *self._storing)
         width = len(row["semantics"]) // max(len(row["semantic_tokens"]), 1)
         if self._width not in (None, width):
             raise UserError(

@@ -47,6 +47,8 @@ MEASURES = {
     "in_box": "share of the map in the boxes",
     "steps": "steps of the trajectory",
     "rows": "rows of semantics",
+    "answer_tokens": "answer tokens with logits",
+    "outside": "probability outside of the kept logits",
 }
 
 
@@ -72,6 +74,9 @@ def measure(trace: Trace, boxes: Sequence[Box] = ()) -> dict[str, float]:
         found["steps"] = float(len(trace.steps))
     if trace.semantic_tokens is not None:
         found["rows"] = float(len(trace.semantic_tokens))
+    if trace.logits is not None:
+        found["answer_tokens"] = float(len(trace.logits.tokens))
+        found["outside"] = float(1 - trace.logits.logprobs.double().exp().sum(-1).mean())
     gaze = trace.gaze.double()
     if bool(gaze.sum() > 0):
         found |= {"entropy": float(entropy(gaze)), "salient": float(salient_regions(gaze)), "cv": float(cv(gaze))}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from laavit.model import LaViT
 from laavit.recipe import Recipe, cards
-from laavit.structures import Encoded, Role, Sample, Step, Trace
+from laavit.structures import AnswerLogits, Encoded, Role, Sample, Step, Trace
 from laavit.targets import ConceptTarget, Target
 from laavit.targets.base import stack
 from laavit.targets.maps import MapTarget
@@ -23,7 +23,14 @@ HEADER = {
     "width": 24,
     "static": "cls",
     "teacher": "vit",
-    "settings": {"semantics": "full", "top_k": 8, "steps": "token", "step_rows": "predicting", "answer": "gold"},
+    "settings": {
+        "semantics": "full",
+        "top_k": 8,
+        "steps": "token",
+        "step_rows": "predicting",
+        "answer": "gold",
+        "logits": 5,
+    },
 }
 PREFIX = "student.model.model.language_model."
 
@@ -34,14 +41,16 @@ def built(name: str) -> Target:
 
 
 def rich(lab: Any, sample: Sample, encoded: Encoded) -> Trace:
-    """A trace with steps, a token each, and all rows of semantics."""
+    """A trace with steps, a token each, all rows of semantics, and answer logits."""
     plain = lab.trace(sample)
     generator = torch.Generator().manual_seed(len(sample.question))
     count, tokens = len(plain.gaze), int((encoded.labels >= 0).sum()) - 1
     maps = torch.rand(tokens, count, generator=generator, dtype=torch.float64).square()
     steps = tuple(Step("word", "", gaze) for gaze in maps)
     states = torch.randn(count, 24, generator=generator, dtype=torch.float64)
-    return replace(plain, steps=steps, semantics=states, semantic_tokens=torch.arange(count))
+    logprobs, ids = torch.randn(tokens + 1, 300, generator=generator).log_softmax(-1).topk(5)
+    logits = AnswerLogits(encoded.labels[encoded.labels >= 0], ids, logprobs)
+    return replace(plain, steps=steps, semantics=states, semantic_tokens=torch.arange(count), logits=logits)
 
 
 def reached(model: LaViT, loss: Tensor) -> set[str]:

@@ -176,7 +176,8 @@ def test_mistakes_are_said_before_the_first_sample(published: Path) -> None:
         LaViT15kFeatures(str(published / "none"))
     with pytest.raises(UserError, match="no range"):
         LaViT15kFeatures(str(published), min_pixels=9, max_pixels=8)
-    for changes in ({"layers": None}, {"rows": ("answer",)}, {"normalisation": "minmax"}, {"blind": "teacher"}):
+    others = ({"normalisation": "minmax"}, {"blind": "teacher"}, {"logits": 4})
+    for changes in ({"layers": None}, {"rows": ("answer",)}, *others):
         with pytest.raises(UserError, match=rf"extract\.{next(iter(changes))}: the published features"):
             teacher(published).extractor(settings(**changes))
     two = replace(sample(published, 0), images=(published / "data/images/0.png",) * 2)

@@ -262,6 +262,7 @@ def test_a_preparer_travels_without_the_model_and_names_what_it_cannot_read(fold
     [
         ({"steps": "token"}, r"extract\.steps: 'token' needs an answer"),
         ({"blind": "teacher"}, r"extract\.blind: a static encoder answers no question"),
+        ({"logits": 4}, r"extract\.logits: a static encoder predicts no words"),
         ({"layers": (3,)}, r"extract\.layers: got 3, and the teacher has 3"),
         ({"heads": (4,)}, r"extract\.heads: got 4"),
         ({"semantics_layer": -4}, r"extract\.semantics_layer: got -4, and the encoder has 3 layers"),
