@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from laavit.cli import main
 from laavit.custom import import_custom
 from laavit.data.statistics import _remember
 from laavit.recipe import build_part, cards
-from laavit.registry import GATES, UserError, plugins
+from laavit.registry import GATES, Kind, UserError, plugins
 
 Install = Callable[..., None]
 GATE = """
@@ -61,8 +62,8 @@ def test_a_plug_in_brings_classes_and_named_parts(install: Install, capsys: pyte
     files = {"plug_a/__init__.py": "", "plug_a/parts.py": GATE.format(name="PlugA")}
     install("plug-a", "plug_a.parts", files | {"plug_a/registry/gates/quarter.yaml": CARD.format(name="PlugA")})
     assert "plug_a.parts" not in sys.modules  # not before somebody asks
+    assert build_part("gate", "gates", {"type": "PlugA"}).gamma(0) == 0.5  # a class, before any name was looked up
     assert build_part("gate", "gates", "quarter").gamma(0) == 0.25
-    assert build_part("gate", "gates", {"type": "PlugA"}).gamma(0) == 0.5
     assert main(["list", "gates"]) == 0 and main(["show", "quarter"]) == 0
     assert "quarter" in (said := capsys.readouterr().out) and "plug_a.parts.PlugA" in said
 
@@ -117,6 +118,18 @@ def test_two_plug_ins_with_one_name_are_told_apart(install: Install) -> None:
         install(f"plug-{letter}", f"plug_{letter}", files | card)
     with pytest.raises(UserError, match=r"'plug-i'.* brings gates/shared, a name that .*'plug-h'.* has already"):
         cards("gates")
+
+
+def test_laavits_own_parts_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name is taken from the start: not only once the module that fills the registry happens to be imported."""
+    thing = Kind("thing", scope="laavit", locations=["plug_own"])
+    monkeypatch.setitem(sys.modules, "plug_kind", SimpleNamespace(THING=thing))
+    (tmp_path / "plug_own.py").write_text(
+        "from plug_kind import THING\n\n@THING.register_module()\nclass Taken:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="Taken is already registered in thing at plug_own"):
+        thing.register_module(name="Taken", module=SimpleNamespace)
 
 
 def test_a_class_of_a_file_unpickles_in_a_fresh_process(tmp_path: Path) -> None:
