@@ -27,7 +27,7 @@ from laavit.backbones.loading import read_processor
 from laavit.backbones.vision_cache import check_frozen
 from laavit.flex_attention import FLEX
 from laavit.gates import Gate
-from laavit.latents import NO_LATENTS, LatentLayout
+from laavit.latents import NO_LATENTS, LatentLayout, check_attention
 from laavit.recipe import COMPONENTS, Recipe, zoo_path
 from laavit.registry import KINDS, UserError
 from laavit.targets.base import Target
@@ -163,6 +163,16 @@ def flex_has_a_gpu(parts: Parts) -> None:
         raise UserError(
             f"student.attention: '{FLEX}' trains on a GPU alone, and train.device is 'cpu'; take 'laavit' there"
         )
+
+
+def attention_keeps_keys(parts: Parts) -> None:
+    """Latents that are fed back are read in several passes."""
+    attention = parts.recipe.arguments("student").get("attention")
+    if attention is not None:
+        try:
+            check_attention(parts.layout, attention)
+        except UserError as error:
+            raise UserError(f"student.{error}") from None
 
 
 def latents_are_there(parts: Parts) -> None:
@@ -334,6 +344,7 @@ RULES: tuple[Callable[[Parts], None], ...] = (
     adapters_learn,
     halves_are_cast,
     flex_has_a_gpu,
+    attention_keeps_keys,
     latents_are_there,
     gate_fits,
     question_sees_the_image,

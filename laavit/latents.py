@@ -82,8 +82,8 @@ def check_attention(layout: LatentLayout, attention: str) -> None:
     """Raises: UserError: latents are fed back, and an attention function cannot train them."""
     if layout.feedback and attention not in KEEPING:
         raise UserError(
-            f"latents that are fed back are read in several passes, and attention='{attention}' does not keep the keys "
-            f"of earlier ones; {nearest(attention, KEEPING)}"
+            f"attention: latents that are fed back are read in several passes, and '{attention}' keeps no keys of "
+            f"earlier ones; {nearest(attention, KEEPING)}"
         )
 
 

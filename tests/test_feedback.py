@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from laavit.backbones import Backbone, PromptSettings
 from laavit.backbones.chat import IGNORED
 from laavit.backbones.unrolling import fed_back
 from laavit.cli import run as cli_run
 from laavit.commands.export import export_run
+from laavit.compatibility import check
 from laavit.evaluation.bridge import Laavit, Settings
 from laavit.evaluation.gaze import Looker, look
 from laavit.flex_attention import FLEX
 from laavit.gates import ConstantGate, Gate
 from laavit.latents import FeedbackLatents, LatentLayout, check_attention, latent_tokens
 from laavit.model import LaViT
+from laavit.recipe import Recipe
 from laavit.registry import UserError
 from laavit.structures import Batch, Role, Sample, StudentOutput
 from laavit.students import HFStudent
@@ -300,10 +303,13 @@ def test_an_export_looks_as_it_was_trained(exported: Path, samples: list[Sample]
 def test_what_is_refused(lab: Any, samples: list[Sample]) -> None:
     with pytest.raises(UserError, match=r"latents.scale: got 'vocab'; .*did you mean 'vocabulary'"):
         FeedbackLatents(scale="vocab")
-    with pytest.raises(UserError, match="attention='laavit_flex' does not keep the keys"):
+    with pytest.raises(UserError, match=r"attention: latents that are .* 'laavit_flex' keeps no keys"):
         check_attention(FeedbackLatents().layout, FLEX)
     check_attention(LatentLayout(4), FLEX)
-    with pytest.raises(UserError, match="does not keep the keys"):
+    student = {"name": "hf", "path": str(lab.folder), "attention": FLEX}
+    with pytest.raises(UserError, match=r"^student\.attention: latents that are fed back"):
+        check(Recipe({"student": student, "latents": "feedback"}))
+    with pytest.raises(UserError, match="keeps no keys"):
         HFStudent(str(lab.folder), attention=FLEX).setup(FeedbackLatents(), torch.Generator())
     model = model_of(lab, bare=True)
     batch = lab.batch(model, samples)
@@ -314,4 +320,9 @@ def test_what_is_refused(lab: Any, samples: list[Sample]) -> None:
     ids = batch.input_ids[:, :40]
     with pytest.raises(UserError, match="a prompt does not end with latents"):
         fed_back(backbone, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    assert asdict(backbone.layout)["feedback"]
+    backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+    builder = model.student.builder(PromptSettings())
+    with pytest.raises(UserError, match=r"which gradient checkpointing drops: call model.eval\(\)"):
+        backbone.generate([builder.prompt_of(samples[0])], 4)
+    with pytest.raises(UserError, match=r"take extract.passes=2"):
+        backbone.generate([builder.prompt_of(samples[0])], 4, cache=DynamicCache())

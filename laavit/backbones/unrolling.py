@@ -164,7 +164,8 @@ def fed_back(backbone: Backbone, inputs: Mapping[str, Any]) -> dict[str, Any]:
     Returns: ids, mask, positions and cache in their place.
 
     Raises:
-        UserError: a prompt does not end with latents and separator, or the numbers of latents are too unequal.
+        UserError: a prompt does not end with latents and separator, the numbers of latents are too unequal, or the
+            model is in training mode with gradient checkpointing.
     """
     model: Any = backbone.model
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -193,4 +194,6 @@ def fed_back(backbone: Backbone, inputs: Mapping[str, Any]) -> dict[str, Any]:
             inputs_embeds=torch.where(latents[:, here, None], feedback(state).to(words.dtype), words),
             attention_mask=mask[:, : column + 1], position_ids=where[..., here], past_key_values=cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
+    if cache.get_seq_length() != stop:  # transformers' layers drop it where they are to run again
+        raise UserError("the latents are fed back from a cache, which gradient checkpointing drops: call model.eval()")
     return {"input_ids": ids, "attention_mask": mask, "position_ids": where, "past_key_values": cache}
