@@ -11,7 +11,7 @@ from laavit.registry import GATES, KINDS, UserError, nearest
 
 
 def test_every_named_part_resolves_and_its_arguments_fit() -> None:
-    required = {"path": "x", "annotations": "x", "root": "x", "answers": "x"}
+    required = dict.fromkeys(("path", "annotations", "root", "answers", "tower", "language"), "x")
     count = 0
     for kind, registry in KINDS.items():
         for card in cards(kind).values():
