@@ -20,6 +20,7 @@ from laavit.backbones import Backbone, PromptSettings
 from laavit.cli import run
 from laavit.evaluation.bridge import Laavit, Settings
 from laavit.evaluation.gaze import Looker, look
+from laavit.registry import UserError
 from laavit.structures import Role, Sample
 
 OURS = [f"<|latent_{i}|>" for i in range(1, 5)]
@@ -101,6 +102,8 @@ def test_the_bridge_runs_it_with_latents_and_without(official: Path, imported: P
     masked = off.encode([chat])["attention_mask"]
     assert int((masked == 0).sum()) == 4 and bool((on.encode([chat])["attention_mask"] == 1).all())
     assert off.answer([chat], Settings(8, ()))
+    with pytest.raises(UserError, match="4 latents|2 latents"):  # four without a separator, or none
+        Laavit(str(imported), latents="2").answer([chat], Settings(8, ()))
 
 
 def test_emitted_leaves_the_latents_to_the_model(official: Path, tmp_path: Path) -> None:
@@ -110,6 +113,7 @@ def test_emitted_leaves_the_latents_to_the_model(official: Path, tmp_path: Path)
     chat = [{"role": "user", "content": [{"type": "text", "text": "yes or no?"}]}]
     assert not torch.isin(model.encode([chat])["input_ids"], torch.tensor(model.latent_ids)).any()
     assert model.answer([chat], Settings(4, ()))
+    assert Laavit(str(tmp_path / "out"), latents="off").answer([chat], Settings(4, ()))
     assert json.loads((tmp_path / "out/laavit.json").read_text())["layout"]["emitted"]
 
 
