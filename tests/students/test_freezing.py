@@ -80,3 +80,17 @@ def test_a_name_that_fits_nothing_is_named(workshop: Any) -> None:
         workshop.student("internvl", freeze=("decodr",))
     with pytest.raises(UserError, match=r"freeze: 'layers\(' is neither a part nor a regular expression"):
         workshop.student("internvl", freeze=("layers(",))
+
+
+def test_what_learns_is_told_by_part(workshop: Any) -> None:
+    """``traces.vision_cache`` asks this: it keeps what an open projector would change."""
+    default = {family: workshop.student(family) for family in ("qwen3_vl", "smolvlm")}
+    assert {family: student.learns("projector") for family, student in default.items()} == {
+        "qwen3_vl": False,
+        "smolvlm": True,
+    }
+    assert not any(student.learns("vision") for student in default.values())
+    adapted = workshop.student(
+        "smolvlm", freeze=("vision", "projector"), lora={"rank": 2, "targets": ["decoder", "tower"]}
+    )
+    assert adapted.learns("vision") and not adapted.learns("projector")
