@@ -291,8 +291,11 @@ def teacher_gives_it(parts: Parts) -> None:
         check_settings(parts.extract)
     if parts.teacher is not None:
         text = parts.teacher.get_text_config()
-        parts.extract.pairs(text.num_hidden_layers, text.num_attention_heads)
-        parts.extract.depths(text.num_hidden_layers)
+        depth, layer = text.num_hidden_layers, parts.extract.semantics_layer
+        parts.extract.pairs(depth, text.num_attention_heads)
+        parts.extract.depths(depth)
+        if not -depth <= layer < depth:
+            raise UserError(f"extract.semantics_layer: got {layer}; allowed: {-depth} to {depth - 1} (-1 is the last)")
     path = parts.traces.path
     if path is None or path.startswith("hf://") or read_header(Path(path)) is not None:
         return

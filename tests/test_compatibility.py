@@ -25,9 +25,8 @@ from laavit.targets import Target
 from laavit.traces.shards import Header, write_header
 
 #: what an extraction must have been told for every target to find what it needs
-RICH = {"steps": "token", "answer": "gold", "semantics": "full"}
+RICH = {"steps": "token", "answer": "gold", "semantics": "full", "logits": 8}
 LATENTS: dict[str, Any] = {"none": None} | {name: {"name": name} for name in cards("latents")}
-LATENTS |= {"emitted": {"name": "learned", "emitted": True}, "varied": {"name": "learned", "count": (2, 6)}}
 GATES: dict[str, Any] = {name: {"name": name} for name in cards("gates")}
 GATES["paths"] |= {"answer": "closed", "question": "cosine"}
 
@@ -149,8 +148,20 @@ NO_LATENTS = "it reads the latents, and this recipe has no latents; name some, f
             "targets.t: match: 9 latents need as many rows, and top_k leaves 8 of them (targets: 8, extract: 8)",
         ),
         (
+            {"targets": {"t": "logits_kd"}},
+            "targets.t: these traces hold no answer logits; extract with extract.logits (for example 32)",
+        ),
+        (
+            {"teacher": "dinov2_small", "targets": {}, "extract": {"logits": 8}},
+            "extract.logits: a static encoder predicts no words, and has no logits along an answer",
+        ),
+        (
             {"extract": {"layers": [7]}},
             "extract.layers: got 7, and the teacher has 3 decoder layers (-3 to 2)",
+        ),
+        (
+            {"extract": {"semantics_layer": 3}},
+            "extract.semantics_layer: got 3; allowed: -3 to 2 (-1 is the last)",
         ),
         (
             {"extract": {"heads": [4]}},
@@ -220,6 +231,8 @@ def test_flex_attention_does_not_train_on_the_cpu(tiny_folder: Path) -> None:
         said == "student.attention: 'laavit_flex' trains on a GPU alone, and train.device is 'cpu'; take 'laavit' there"
     )
     check(recipe(tiny_folder, student=student))  # where it will train is not known yet
+    said = refusal(tiny_folder, student=student, latents="feedback")
+    assert said.startswith("student.attention: latents that are fed back are read in several passes")
 
 
 def test_adapters_learn_in_no_frozen_part(tiny_folder: Path) -> None:
@@ -255,6 +268,12 @@ def test_cached_features_are_of_a_tower_that_does_not_learn(tiny_folder: Path, t
     assert said.startswith("traces.vision_cache: cached image features would be out of date after a step: visual.")
     assert said.endswith(" learns, freeze it (student.freeze)")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_family_that_takes_no_cached_features(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("laavit.backbones.families.QwenVL.takes_features", False)
+    said = refusal(tiny_folder, traces={"path": "no/store/yet", "vision_cache": "x"})
+    assert said == "traces.vision_cache: the family QwenVL takes no cached image features"
 
 
 def test_a_question_first_gate_that_closes_nearly_nothing_is_mentioned(
@@ -379,7 +398,9 @@ def test_every_gate_with_every_target(
     for latents, beside in pairs.items():
         check_layers(built, students[latents])
         for target, parts in beside.items():
-            refused = reason(replace(parts, gate=built), (gate_fits, latents_are_there, rows_are_not_closed))
+            gated = replace(parts, gate=built)
+            gated.__dict__["student"] = parts.student  # read once
+            refused = reason(gated, (gate_fits, latents_are_there, rows_are_not_closed))
             own = reason(parts, (latents_are_there,))
             shut = gate in ("closed", "paths") and target in (
                 "trajectory_no_latents",

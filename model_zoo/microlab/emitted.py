@@ -2,4 +2,4 @@
 
 _base_ = ["./lavit.py"]
 
-latents = dict(emitted=True)
+latents = dict(name="emitted")
