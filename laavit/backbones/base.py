@@ -19,7 +19,7 @@ from laavit.backbones.families import family_of
 from laavit.backbones.loading import check_map, dtype_of, quantization_config, read_model, read_processor
 from laavit.backbones.unrolling import fed_back, unrolled
 from laavit.files import read_object
-from laavit.latents import NO_LATENTS, LatentLayout
+from laavit.latents import NO_LATENTS, LatentLayout, layout_of
 from laavit.paths import EXPORT_CARD
 from laavit.recipe import zoo_path
 from laavit.registry import UserError
@@ -215,7 +215,7 @@ class Backbone:
 
 def exported_layout(path: str) -> LatentLayout:
     """The layout of the latents that an export was trained with; ``NO_LATENTS`` where a folder is no export."""
-    return LatentLayout(**read_object(Path(zoo_path(path)) / EXPORT_CARD).get("layout", {}))
+    return layout_of(read_object(Path(zoo_path(path)) / EXPORT_CARD))
 
 
 def digest_of(weights: nn.Module | Mapping[str, Tensor]) -> str:
