@@ -42,8 +42,14 @@ QUESTIONS = (
 HEADER = {
     "width": 24,
     "static": "cls",
-    "settings": {"semantics": "full", "top_k": 8, "steps": "token", "step_rows": "predicting", "answer": "gold"}
-    | {"logits": 5},
+    "settings": {
+        "semantics": "full",
+        "top_k": 8,
+        "steps": "token",
+        "step_rows": "predicting",
+        "answer": "gold",
+        "logits": 5,
+    },
 }
 #: the students of the matrix: the family of a tiny model ('' is composed), and what else a recipe says of it
 STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {

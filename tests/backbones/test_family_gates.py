@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -82,6 +83,37 @@ def test_a_closed_gate_leaves_one_way_at_most(student: HFStudent, repainted: lis
     assert moved(student, ConstantGate(0.0, CLOSED), repainted) == 0.0
     assert moved(student, ConstantGate(0.0, CLOSED[:2]), repainted) > 1e-4
     assert moved(student, ConstantGate(0.0, CLOSED, layers="first 1"), repainted) > 1e-4  # open further up
+
+
+def test_without_latents_no_way_is_left(
+    family: str, open_family: Callable[[str], Backbone], repainted: list[list[Sample]]
+) -> None:
+    """Answer and question closed: no pixel moves an answer's logits, to the bit. Answer alone: the question tells."""
+    student = HFStudent.of(open_family(family), family, ())
+    assert moved(student, ConstantGate(0.0, CLOSED[:2]), repainted) == 0.0
+    assert moved(student, ConstantGate(0.0, CLOSED[:1]), repainted) > 1e-4
+    student.eval()
+
+
+@torch.no_grad()
+def test_what_comes_later_moves_nothing_before(student: HFStudent, repainted: list[list[Sample]]) -> None:
+    """The second image's pixels: neither the first image nor what stands between. The answer's end: nothing at all.
+
+    A closed gate opens no way back, and the later tokens do move what may see them.
+    """
+    first, second = repainted[0][1], repainted[1][1]
+    batch = batch_of(student, [first])
+    other = batch_of(student, [replace(first, images=(first.images[0], second.images[1]))])
+    edited = replace(batch, input_ids=batch.input_ids.clone())
+    edited.input_ids[0, -2] = edited.input_ids[0, 0]
+    assert not torch.equal(edited.input_ids, batch.input_ids)
+    begin = min(span.start for span in batch.spans[0] if span.tile.image == 1)
+    for value in (0.0, 0.5):
+        context = AttentionContext(paths=gate_paths(ConstantGate(value, CLOSED), 0, batch, student.backbone.depth))
+        states, painted, ended = (student.backbone.forward(each, context)[0] for each in (batch, other, edited))
+        torch.testing.assert_close(painted[:begin], states[:begin], rtol=0, atol=1e-10)
+        assert (painted[begin:] - states[begin:]).abs().max() > 1e-3
+        assert torch.equal(ended[:-2], states[:-2]) and not torch.equal(ended[-2:], states[-2:])
 
 
 @torch.no_grad()
