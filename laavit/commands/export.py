@@ -75,6 +75,8 @@ def export_run(run: Path, out: Path, checkpoint: Path | None = None, adapters: s
         raise UserError(f"'{out}' exists and is no export of laavit; name another folder")
     if adapters == "apart" and not base_of(source):
         raise UserError(f"--adapters apart: '{run}' was trained without adapters (student.lora)")
+    if adapters == "apart" and "path" not in recipe.arguments("student"):
+        raise UserError("--adapters apart: the base was composed for the run and is no folder; export them merged")
     layout = recipe.build("latents").layout if recipe.has("latents") else NO_LATENTS
     latents = layout.most
     prompt = recipe.build("prompt")

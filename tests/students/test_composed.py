@@ -319,6 +319,16 @@ def test_a_checkpoint_brings_back_every_bit(
     assert torch.equal(second(batch), wanted)
 
 
+def test_adapters_are_exported_merged(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base is put together again, bit for bit: it is no folder that adapters apart could name."""
+    words = ["--student.lora.rank", "2", "--train.steps", "1", "--work-dir", str(tmp_path / "run")]
+    assert run("train", [str(recipe), *words]) == 0
+    assert run("export", [str(tmp_path / "run"), str(tmp_path / "apart"), "--adapters", "apart"]) == 2
+    assert "the base was composed for the run and is no folder" in capsys.readouterr().err
+    assert run("export", [str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert type(Backbone.load(str(tmp_path / "out")).model) is LlavaForConditionalGeneration
+
+
 def test_the_seed_is_of_what_starts_random(composed: Compose) -> None:
     one, same, other = (composed("class token", seed=seed).model.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
