@@ -232,8 +232,12 @@ def test_a_student_learns_its_teachers_probabilities(own_project: Path, write_ti
     assert run("train", [str(own_project), *words, "--traces.path", "null"]) == 0
 
 
-def test_beside_latents_and_the_other_targets(own_project: Path) -> None:
+def test_beside_latents_and_the_other_targets(own_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Latents that the student writes itself, whose labels are no words; the plan steps through the same on shapes."""
     flags = ["--extract.logits", "4", "--targets.kd", "logits_kd_js", "--targets.random", "logits_kd_random"]
+    flags += ["--latents", "emitted"]
+    assert run("plan", [str(own_project), *flags]) == 0
+    assert "losses: ntp, emit, concept, trajectory, kd, random" in " ".join(capsys.readouterr().out.split())
     log = trained(own_project, *flags)
     figures = torch.tensor([[entry[name] for name in ("kd", "random", "concept", "trajectory")] for entry in log])
     assert len(figures) and torch.isfinite(figures).all() and (figures > 0).all()
