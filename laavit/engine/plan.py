@@ -8,13 +8,13 @@ is counted by operation, under the recipe's precision, with and without checkpoi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from laavit.backbones.base import Backbone, collate
 from laavit.backbones.chat import IGNORED
@@ -23,13 +23,21 @@ from laavit.data.aligned import header_of
 from laavit.engine.examples import example_trace, stored_rows
 from laavit.engine.runner import enable_gradient_checkpointing
 from laavit.engine.settings import TrainSettings
-from laavit.engine.shapes import Blueprint, Meter, blueprint, bytes_of, fake_mode, shaped_backbone
+from laavit.engine.shapes import (
+    Blueprint,
+    Meter,
+    as_shapes,
+    blueprint,
+    bytes_of,
+    fake_mode,
+    parameters_by_part,
+    shaped_backbone,
+)
 from laavit.latents import NO_LATENTS, LatentLayout, latent_tokens
 from laavit.model import LaViT, build_gate, build_targets, check_layers
 from laavit.recipe import Recipe
 from laavit.registry import UserError
 from laavit.structures import Batch, Box, Encoded, Role, Sample, Span, Tile
-from laavit.students.freezing import parameters_of
 from laavit.students.hf import HFStudent
 from laavit.students.lora import LoraSettings
 from laavit.targets import ConceptTarget
@@ -47,8 +55,6 @@ ASSUMPTIONS = (
 
 #: model types whose image is one grid, its size chosen by area: what ``grid_of`` and ``example`` stand for
 PLANNED = ("qwen2_vl", "qwen2_5_vl")
-#: parts of a student that are counted apart; what stands between tower and decoder counts with the tower that holds it
-PARTS = ("vision", "projector", "embeddings", "head", "decoder")
 
 
 @dataclass(frozen=True)
@@ -191,31 +197,6 @@ def shape_models(recipe: Recipe) -> Shaped:
             target.match = "order"  # which rows are matched is no matter of shapes
     model = LaViT(student, gate, targets)
     return Shaped(recipe, mode, model, plan, teacher, teacher_plan)
-
-
-def as_shapes(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Make the parameters that are real (peft makes adapters no other way) as shapeless as the model they are in."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(parameter, FakeTensor):
-                setattr(module, name, nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad))
-
-
-def parameters_by_part(model: LaViT) -> dict[str, dict[str, int]]:
-    """Part -> {'all', 'trainable'}: numbers of parameters; tied ones count once, with the embeddings."""
-    adapters = model.student.adapters
-    owned = {"adapters": adapters.parameters() if adapters else [], "target heads": list(model.targets.parameters())}
-    owned |= {part: parameters_of(part, model.student.backbone) for part in PARTS}
-    found, seen = dict[str, dict[str, int]](), set[int]()
-    for part, parameters in owned.items():
-        own = [p for p in parameters if id(p) not in seen]
-        seen.update(map(id, own))
-        found[part] = {"all": _size(own), "trainable": _size(p for p in own if p.requires_grad)}
-    return {part: found[part] for part in (*PARTS, "adapters", "target heads") if found[part]["all"]}
-
-
-def _size(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
 
 
 def vision_pass(backbone: Backbone, grid: tuple[int, int], mode: FakeTensorMode, precision: str) -> dict[str, int]:

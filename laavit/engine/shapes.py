@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from laavit.backbones.base import Backbone, dtype_of
 from laavit.backbones.configs import published, published_names
+from laavit.model import LaViT
 from laavit.recipe import zoo_path
 from laavit.registry import UserError, nearest
+from laavit.students.freezing import parameters_of
+
+#: parts of a student that are counted apart; what stands between tower and decoder counts with the tower that holds it
+PARTS = ("vision", "projector", "embeddings", "head", "decoder")
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,31 @@ def shaped_backbone(plan: Blueprint, dtype: str, attention: str, mode: FakeTenso
         if plan.tokens + new_tokens > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(plan.tokens + new_tokens, mean_resizing=False)
     return Backbone(model, plan.processor or CountedProcessor(CountedTokenizer(plan.tokens)))
+
+
+def as_shapes(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Make the parameters that are real (peft makes adapters no other way) as shapeless as the model they are in."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not isinstance(parameter, FakeTensor):
+                setattr(module, name, nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad))
+
+
+def parameters_by_part(model: LaViT) -> dict[str, dict[str, int]]:
+    """Part -> {'all', 'trainable'}: numbers of parameters; tied ones count once, with the embeddings."""
+    adapters = model.student.adapters
+    owned = {"adapters": adapters.parameters() if adapters else [], "target heads": list(model.targets.parameters())}
+    owned |= {part: parameters_of(part, model.student.backbone) for part in PARTS}
+    found, seen = dict[str, dict[str, int]](), set[int]()
+    for part, parameters in owned.items():
+        own = [p for p in parameters if id(p) not in seen]
+        seen.update(map(id, own))
+        found[part] = {"all": _size(own), "trainable": _size(p for p in own if p.requires_grad)}
+    return {part: found[part] for part in (*PARTS, "adapters", "target heads") if found[part]["all"]}
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def bytes_of(tensors: Any) -> int:
