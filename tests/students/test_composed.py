@@ -24,6 +24,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -97,6 +99,9 @@ def write_language(folder: Path, kind: str, template: str | None = None) -> Path
         if kind.startswith("gemma"):
             caps = {"attn_logit_softcapping": None, "final_logit_softcapping": 2.0} if kind == "gemma" else {}
             model = Gemma2ForCausalLM(Gemma2Config(vocab_size=len(words), head_dim=8, **caps, **SHAPE))
+        elif kind == "lfm2":
+            kinds = ["full_attention", "conv", "full_attention"]
+            model = Lfm2ForCausalLM(Lfm2Config(vocab_size=len(words), layer_types=kinds, **SHAPE))
         elif kind == "gpt2":
             model = GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_layer=1, n_head=2, n_embd=32))
         else:
@@ -400,6 +405,7 @@ def test_language_models_that_cannot_be(language: Callable[[str], Path], tmp_pat
     )  # it caps them
     refused(language("gemma, capped"), "a Gemma2ForCausalLM does not run laavit's attention: .* `softcap`")
     refused(language("gpt2"), "a GPT2LMHeadModel cannot be the language model of a LLaVA")
+    refused(language("lfm2"), "layer 1 of a Lfm2ForCausalLM runs no attention that a gate or a target can reach")
     folder = write_language(tmp_path / "mute", "qwen")
     (folder / "chat_template.jinja").unlink()
     refused(folder, "its tokenizer has no chat template")
