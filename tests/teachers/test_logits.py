@@ -72,7 +72,7 @@ def expected(teacher: HFTeacher, sample: Sample, **changes: Any) -> tuple[Tensor
     [
         {"answer": "gold"},
         {"answer": "teacher"},
-        {"answer": "teacher", "rows": ("question",), "max_new_tokens": 1},
+        pytest.param({"answer": "teacher", "rows": ("question",), "max_new_tokens": 1}, marks=pytest.mark.slow),
         {"answer": "teacher", "prompt_order": "question_first", "steps": "word", "system": "You look."},
     ],
     ids=["gold", "teacher", "without_its_words", "settings"],
