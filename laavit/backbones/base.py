@@ -19,7 +19,7 @@ from laavit.backbones.families import family_of
 from laavit.backbones.loading import check_map, dtype_of, quantization_config, read_model, read_processor
 from laavit.backbones.unrolling import fed_back, unrolled
 from laavit.files import read_object
-from laavit.latents import NO_LATENTS, LatentLayout, layout_of
+from laavit.latents import NO_LATENTS, LatentLayout, latent_tokens, layout_of
 from laavit.paths import EXPORT_CARD
 from laavit.recipe import zoo_path
 from laavit.registry import UserError
@@ -144,6 +144,8 @@ class Backbone:
     ) -> list[str]:
         """Greedy answers to generation prompts, one text each; prompts are left-padded into one batch.
 
+        Latents that the model writes itself are no part of them, and none of their ``max_new_tokens``.
+
         Args:
             cache: an empty one, to be left with the keys and values of prompts and answers (``go_on``).
 
@@ -168,10 +170,15 @@ class Backbone:
         if cache is not None:
             inputs["past_key_values"] = cache
         out = self.model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=repetition_penalty,
-            temperature=None, top_p=None, top_k=None, pad_token_id=pad, eos_token_id=self.stops,
+            **inputs, max_new_tokens=max_new_tokens + self.layout.written, do_sample=False,
+            repetition_penalty=repetition_penalty, temperature=None, top_p=None, top_k=None,
+            pad_token_id=pad, eos_token_id=self.stops,
         )  # fmt: skip
-        return [t.strip() for t in self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)]
+        markup = set(
+            self.tokenizer.convert_tokens_to_ids(latent_tokens(self.layout.most)) if self.layout.emitted else ()
+        )
+        words = [[token for token in row if token not in markup][:max_new_tokens] for row in out[:, length:].tolist()]
+        return [t.strip() for t in self.tokenizer.batch_decode(words, skip_special_tokens=True)]
 
     def go_on(
         self, prompts: Sequence[Encoded], answered: Sequence[Encoded], cache: Cache, context: AttentionContext

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from laavit.backbones import PromptSettings
 from laavit.latents import LearnedLatents, latent_tokens
+from laavit.recipe import Recipe, cards, parse_overrides
 from laavit.registry import UserError
 from laavit.structures import Role, Sample
 from laavit.students import HFStudent
@@ -54,6 +56,37 @@ def test_initial_rows(lab: Any, init: str) -> None:
         exact = lab.student(4, dtype="float32", init=init, noise=0.0).model.get_input_embeddings().weight
         source = one.backbone.tokenizer.convert_tokens_to_ids(init)
         assert torch.equal(exact[ids], exact[source].expand(5, -1))
+
+
+@pytest.mark.parametrize("name", cards("latents"))
+def test_latents_by_name_train(lab: Any, samples: list[Sample], name: str) -> None:
+    """Every name of registry/latents: a finite step whose gradient reaches the separator's row and some latent."""
+    student = HFStudent(str(lab.folder), "float64")
+    latents = Recipe({"latents": name}).build("latents")
+    student.setup(latents, torch.Generator().manual_seed(3))
+    model = lab.model(student=student)
+    losses = model(lab.batch(model, samples[:2]))
+    losses["loss"].backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert ("emit" in losses) == latents.layout.emitted
+    rows = student.model.get_input_embeddings().weight.grad[student.builder(PromptSettings()).latent_ids]
+    assert rows[-1].abs().sum() > 0 and (latents.layout.feedback or rows[0].abs().sum() > 0)
+
+
+@pytest.mark.parametrize(("given", "least", "most"), [("6", 6, 6), ("[2, 8]", 2, 8), ((2, 8), 2, 8), ([3, 3], 3, 3)])
+def test_counts_are_read_from_recipes_and_command_lines(given: Any, least: int, most: int) -> None:
+    parsed = parse_overrides(["--latents.count", given])["latents.count"] if isinstance(given, str) else given
+    layout = Recipe({"latents": {"name": "learned", "count": parsed}}).build("latents").layout
+    assert (layout.least, layout.most, layout.varies) == (least, most, least < most)
+    counts = [layout.count_of(f"sample {i}") for i in range(400)]
+    assert set(counts) == set(range(least, most + 1))
+    assert counts == [layout.count_of(f"sample {i}") for i in range(400)]
+
+
+@pytest.mark.parametrize("given", [[8, 2], [0, 4], 0, [1, 2, 3], True, "many"])
+def test_counts_that_are_none(given: Any) -> None:
+    with pytest.raises(UserError, match="latents"):
+        Recipe({"latents": {"name": "learned", "count": given}}).build("latents")
 
 
 def test_bad_initial_rows_are_named(lab: Any) -> None:
