@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def test_wrong_flags_exit_2() -> None:
     assert bench("--works", "serving").returncode == 2
     assert bench("--tokens", "9", "3", script="extract.py").returncode == 2
     assert bench("--kept", "0", script="extract.py").returncode == 2
+    assert bench("--ways", "lavit", script="training.py").returncode == 2
 
 
 def test_a_small_extraction_is_compared_with_the_straightforward_one(tmp_path: Path) -> None:
@@ -105,3 +107,25 @@ def test_merged_rows_are_the_mean_over_layers_without_keeping_each() -> None:
             laavit_attention(module, *inputs, None, scaling=8**-0.5, laavit=context)
     assert merged.recorded == {} and len(kept.recorded) == 3
     torch.testing.assert_close(merged.mean_rows(), kept.mean_rows(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision", "gemma3"])
+def test_every_way_to_train_takes_steps(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same samples, K = 4 latents more, a loss that the targets add to; AdamW moves it."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
+    module = importlib.import_module("training")
+    options = SimpleNamespace(device="cpu", dtype="float32", tokens=64, batch=2)
+    losses = {}
+    for way in module.WAYS:
+        step = module.make_step(way, family, options)
+        losses[way] = [step() for _ in range(3)]
+        assert losses[way][2] < losses[way][0]
+    assert losses["lavit"][0] > losses["sft"][0] + 0.3
+
+
+def test_the_table_of_training_says_whether_the_bound_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
+    module = importlib.import_module("training")
+    row = {"family": "f", "way": "lavit", "seconds": 1.0, "bytes": 2**20, "time_ratio": 1.1, "memory_ratio": 1.0}
+    assert "| f | lavit | 1000 ms | 1 MiB | 1.10 | 1.00 | ≤ 1.10, ≤ 1.10: met |" in module.table([row])
+    assert "missed" in module.table([row | {"memory_ratio": 1.11}])

@@ -131,7 +131,12 @@ def stand_in(words: list[str]) -> list[str]:
     return words
 
 
-BENCH = {"attention.py": "--tokens 64 --repeats 1", "extract.py": "--quick", "reader.py": "--records 300"}
+BENCH = {
+    "attention.py": "--tokens 64 --repeats 1",
+    "extract.py": "--quick",
+    "reader.py": "--records 300",
+    "training.py": "--tokens 64 --repeats 1 --families qwen2_5_vl --ways sft lavit",
+}
 
 
 @pytest.mark.parametrize("document", documents())
