@@ -21,6 +21,7 @@ from laavit.cli import run
 from laavit.commands.common import run_recipe
 from laavit.commands.export import export_run, exported_template
 from laavit.data import VisualCoT
+from laavit.latents import LatentLayout, layout_of
 from laavit.model import build_model
 from laavit.registry import UserError
 from laavit.structures import Encoded, Role
@@ -203,3 +204,17 @@ def test_a_system_prompt_with_quotes_and_braces_survives(lab: Any) -> None:
     chat = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     text = backbone.processor.apply_chat_template(chat, chat_template=template, tokenize=False)
     assert text.startswith(f"<|im_start|>system\n{system}<|im_end|>\n") and "<|latent" not in text
+
+
+def test_emitted_latents_are_left_to_the_model(project: Path, tmp_path: Path) -> None:
+    """The template ends with the assistant's header; the card says who writes what follows."""
+    words = ["--latents", "emitted", "--latents.count", "[2, 3]", "--targets", "null", "--train.steps", "1"]
+    assert run("train", [str(project), *words, "--work-dir", str(tmp_path / "run")]) == 0
+    [first] = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()][:1]
+    out = export_run(tmp_path / "run", tmp_path / "out")
+    assert "latent" not in (out / "chat_template.jinja").read_text()
+    card = json.loads((out / "laavit.json").read_text())
+    assert card["latents"] == 3 and layout_of(card) == LatentLayout(3, 2, emitted=True)
+    backbone = Backbone.load(str(out))
+    assert backbone.layout == layout_of(card) and backbone.tokenizer.convert_tokens_to_ids("<|latent_3|>") is not None
+    assert first["loss"] == pytest.approx(first["ntp"] + first["emit"])

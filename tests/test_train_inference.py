@@ -82,10 +82,10 @@ class Learned:
             features = [own.detach() for own in family.image_features(self.backbone.model, batch.vision)]
         rest = {key: value for key, value in batch.vision.items() if not key.startswith("pixel_")}
         batch = replace(batch, features=features, vision=rest)
-        optimizer = torch.optim.AdamW((p for _, p in self.model.trainable_parameters()), lr=1e-2)
+        optimizer = torch.optim.AdamW((p for _, p in self.model.trainable_parameters()), lr=2e-2)
         for _ in range(steps):
             losses = self.model(batch)
-            if max(losses.values()) < 0.05:
+            if max(losses.values()) < 0.1:
                 return
             optimizer.zero_grad()
             losses["loss"].backward()
