@@ -32,6 +32,7 @@ from laavit.commands.train import train_recipe
 from laavit.compatibility import check
 from laavit.data.aligned import AlignedDataset, Collate
 from laavit.evaluation.bridge import Laavit, Settings
+from laavit.latents import LatentLayout, latent_tokens
 from laavit.model import LaViT, build_gate, build_model, build_targets
 from laavit.recipe import Recipe, apply_overrides, cards
 from laavit.registry import UserError
@@ -85,20 +86,25 @@ def chat_of(sample: Sample, recipe: Recipe) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*text, *images] if first else [*images, *text]}]
 
 
-def stock_answers(out: Path, chats: list[list[dict[str, Any]]]) -> tuple[list[list[int]], list[str]]:
-    """Prompt tokens and greedy answers of the exported folder in transformers by itself."""
+def stock_answers(
+    out: Path, chats: list[list[dict[str, Any]]], layout: LatentLayout
+) -> tuple[list[list[int]], list[str]]:
+    """Prompt tokens and greedy answers of the exported folder in transformers by itself, without emitted latents."""
     model = AutoModelForImageTextToText.from_pretrained(out).eval()
     processor = AutoProcessor.from_pretrained(out)
     assert model.config.get_text_config()._attn_implementation != "laavit"
+    written = latent_tokens(layout.most) if layout.emitted else []
+    markup = set(processor.tokenizer.convert_tokens_to_ids(written))
     prompts, texts = [], []
     for chat in chats:
         inputs = processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        done = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
+        done = model.generate(**inputs, max_new_tokens=STEPS + layout.written, do_sample=False)
         length = inputs["input_ids"].shape[1]
+        words = [token for token in done[0, length:].tolist() if token not in markup][:STEPS]
         prompts.append(inputs["input_ids"][0].tolist())
-        texts.append(processor.decode(done[0, length:], skip_special_tokens=True).strip())
+        texts.append(processor.decode(words, skip_special_tokens=True).strip())
     return prompts, texts
 
 
@@ -113,7 +119,7 @@ def check_exported(recipe: Recipe, run: Path, out: Path, model: LaViT, samples: 
     if model.student.layout.feedback:  # read by laavit alone
         return ours
     chats = [chat_of(sample, recipe) for sample in samples]
-    tokens, texts = stock_answers(out, chats)
+    tokens, texts = stock_answers(out, chats, model.student.layout)
     if recipe.config["prompt"]["order"] == "image_first":  # templates that put images first write the other order alike
         assert tokens == [prompt.input_ids.tolist() for prompt in prompts]
         assert texts == ours
