@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from laavit.backbones.base import Backbone
-from laavit.backbones.chat import text_settings
+from laavit.backbones.chat import ORDERS, text_settings
 from laavit.backbones.unrolling import fed_back
 from laavit.custom import import_custom
 from laavit.evaluation.images import CachedImages, images_of
@@ -113,6 +113,7 @@ class Laavit(lmms):
         self.batch_size = int(batch_size)
         self.device = _device(device)
         self.export = read_export(pretrained)
+        self._warn_of_other_prompts()
         self.layout, self.latents = layout_of(self.export), str(latents)
         self.count = _in_prompt(self.latents, self.layout, pretrained)
         self.intervention = _intervention(self.latents, self.layout, intervention, imports)
@@ -134,6 +135,18 @@ class Laavit(lmms):
         self.latent_ids = latent_ids(self.tokenizer)
         if latents == "off" and not self.latent_ids:
             raise UserError(f"latents=off was given, but the tokenizer of '{pretrained}' knows no <|latent_1|>")
+
+    def _warn_of_other_prompts(self) -> None:
+        """A task orders and words its own prompts, whatever the training's were."""
+        order, suffix = self.export.get("order", ORDERS[0]), self.export.get("suffix", "")
+        if order != ORDERS[0]:
+            logger.warning(
+                "this model was trained with prompt.order '%s'; a task's prompts keep their own order", order
+            )
+        if suffix:
+            logger.warning(
+                "this model was trained with prompt.suffix %r; a task's prompts have their own words", suffix
+            )
 
     # -- what lmms-eval calls
 

@@ -73,6 +73,20 @@ def test_stock_transformers_gives_the_same_tokens(export: Path) -> None:
         assert processor.decode(output, skip_special_tokens=True) == text
 
 
+def test_prompts_of_another_kind_than_the_training_s_are_warned_of(
+    export: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task orders and words its own prompts: a model that learned others is not evaluated as it was trained."""
+    Laavit(str(export))
+    assert not [record for record in caplog.records if "trained with" in record.message]
+    other = shutil.copytree(export, tmp_path / "other")
+    card = json.loads((other / "laavit.json").read_text())
+    (other / "laavit.json").write_text(json.dumps(card | {"order": "question_first", "suffix": " In one word."}))
+    Laavit(str(other))
+    said = " ".join(record.message for record in caplog.records)
+    assert "prompt.order 'question_first'" in said and "prompt.suffix ' In one word.'" in said
+
+
 def blocked(inputs: dict[str, torch.Tensor], latents: list[int]) -> torch.Tensor:
     """The additive 4-D mask [B, 1, S, S]: causal, no padding keys, and for every query no latent keys."""
     tokens = inputs["input_ids"]
