@@ -37,6 +37,15 @@ from laavit.students import HFStudent
 from laavit.targets import ConceptTarget, Target, TrajectoryTarget
 from laavit.targets.base import stack
 
+#: tests of minutes, which would otherwise be left to one worker at the end
+LONG = ("test_readme.py", "test_bench.py", "test_split.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first; all others in their order."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
