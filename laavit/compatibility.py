@@ -30,6 +30,7 @@ from laavit.gates import Gate
 from laavit.latents import NO_LATENTS, LatentLayout, check_attention
 from laavit.recipe import COMPONENTS, Recipe, zoo_path
 from laavit.registry import KINDS, UserError
+from laavit.students.lora import LoraSettings
 from laavit.targets.base import Target
 from laavit.traces.judging import check as check_filters
 from laavit.traces.shards import read_header
@@ -138,9 +139,8 @@ def adapters_learn(parts: Parts) -> None:
     given = parts.recipe.arguments("student")
     if not given.get("lora"):
         return
-    named = given["lora"]["targets"]
-    both = {named} if isinstance(named, str) else set(named)
-    both &= set(given["freeze"])
+    frozen = set(given["freeze"])
+    both = set(LoraSettings(**given["lora"]).parts) & (frozen | {"tower"} if "vision" in frozen else frozen)
     if both:
         raise UserError(
             f"student.freeze: '{min(both)}' does not learn, and student.lora puts adapters that learn into it; leave "
@@ -149,9 +149,17 @@ def adapters_learn(parts: Parts) -> None:
 
 
 def halves_are_cast(parts: Parts) -> None:
-    """Weights in 16 bits train beside heads and adapters in float32 under autocast alone."""
-    kind = parts.recipe.arguments("student").get("dtype")
-    if kind in ("bfloat16", "float16") and parts.train.precision != "bf16":
+    """Weights in 16 bits do not learn, and carry what learns in float32 beside them under autocast alone."""
+    given = parts.recipe.arguments("student")
+    kind = given.get("dtype")
+    if kind not in ("bfloat16", "float16"):
+        return
+    if "lora" in given and not given["lora"]:
+        raise UserError(
+            f"student.dtype: {kind} weights cannot learn, small updates would be rounded away; take 'float32' with "
+            "train.precision='bf16', or adapters (student.lora)"
+        )
+    if parts.train.precision != "bf16":
         raise UserError(
             f"student.dtype: {kind} weights beside adapters and heads in float32 need autocast: train.precision='bf16'"
         )
@@ -201,6 +209,8 @@ def gate_fits(parts: Parts) -> None:
                 gate.bias(step)
             except UserError as error:
                 raise UserError(f"gate: {error}") from None
+        if hasattr(gate, "warmup") and (end := gate.gamma(parts.train.steps)) < 1.0:
+            logger.warning("gate: gamma is still %.3g when the run ends, and inference has no gate", end)
         if parts.student is not None:
             try:
                 gate.layers_of(parts.student.get_text_config().num_hidden_layers)
@@ -331,6 +341,8 @@ def cached_features_stay_true(parts: Parts) -> None:
     path = str(given["path"])
     if shapes is None or not Path(zoo_path(path)).is_dir():  # its processor may be nowhere yet
         return
+    if given.get("lora") and {"vision", "tower", "projector"} & set(LoraSettings(**given["lora"]).parts):
+        raise UserError("traces.vision_cache: its features are fixed, and student.lora changes what makes them")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(parts.student)
     student = shapes(Backbone(model, read_processor(path)), path, given.get("freeze", ()))

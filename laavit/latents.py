@@ -120,6 +120,8 @@ class LearnedLatents:
             raise UserError(f"latents.noise is not negative, got {noise}")
         if not emit_weight > 0:
             raise UserError(f"latents.emit_weight is above 0, got {emit_weight}; emitted latents are learned")
+        if emit_weight != 1.0 and not emitted:
+            raise UserError(f"latents.emit_weight: got {emit_weight}, and these latents are not emitted")
         self.layout = LatentLayout(most, least, emitted, seed=seed, emit_weight=emit_weight)
         self.init, self.noise = init, noise
 

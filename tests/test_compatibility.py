@@ -245,19 +245,38 @@ def test_adapters_learn_in_no_frozen_part(tiny_folder: Path) -> None:
     assert refusal(tiny_folder, student={**student, "freeze": ["vision", "decoder"]}) == said
     student["lora"] = {"targets": ["decoder", "vision"]}
     assert "'vision' does not learn" in refusal(tiny_folder, student=student)
+    student["lora"] = {"targets": "tower"}
+    assert "'tower' does not learn" in refusal(tiny_folder, student=student)
+    student["lora"] = {"targets": ["q_proj"]}
+    assert "'decoder' does not learn" in refusal(tiny_folder, student={**student, "freeze": ["decoder"]})
     check(recipe(tiny_folder, student={**student, "freeze": []}))
 
 
 def test_sixteen_bits_want_autocast(tiny_folder: Path) -> None:
-    student = {"name": "hf", "path": str(tiny_folder), "dtype": "bfloat16"}
+    student: dict[str, Any] = {"name": "hf", "path": str(tiny_folder), "dtype": "bfloat16"}
+    bf16 = {"train": {"precision": "bf16"}}
+    assert refusal(tiny_folder, student=student, **bf16).startswith("student.dtype: bfloat16 weights cannot learn")
+    student["lora"] = {"rank": 2}
     said = "student.dtype: bfloat16 weights beside adapters and heads in float32 need autocast: train.precision='bf16'"
     assert refusal(tiny_folder, student=student) == said
-    check(recipe(tiny_folder, student=student, train={"precision": "bf16"}))
+    check(recipe(tiny_folder, student=student, **bf16))
 
 
 def test_a_gate_of_one_s_own_keeps_to_its_range(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("laavit.gates.CosineGate.gamma", lambda self, step: 1.0 + step)
     assert refusal(tiny_folder, train={"steps": 2}) == "gate: CosineGate.gamma(1) is 2.0; a gate's gamma lies in [0, 1]"
+
+
+def test_a_gate_that_is_still_closing_at_the_end_is_warned_of(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(recipe(tiny_folder, gate={"name": "cosine", "warmup": 4}, train={"steps": 4}))
+    assert not caplog.records
+    check(recipe(tiny_folder, gate={"name": "cosine", "warmup": 8}, train={"steps": 4}))
+    assert "gamma is still 0.5 when the run ends" in caplog.text
+    caplog.clear()
+    check(recipe(tiny_folder, gate="closed", train={"steps": 4}))
+    assert not caplog.records
 
 
 def test_cached_features_are_of_a_tower_that_does_not_learn(tiny_folder: Path, tmp_path: Path) -> None:
@@ -268,6 +287,8 @@ def test_cached_features_are_of_a_tower_that_does_not_learn(tiny_folder: Path, t
     assert said.startswith("traces.vision_cache: cached image features would be out of date after a step: visual.")
     assert said.endswith(" learns, freeze it (student.freeze)")
     assert not list(tmp_path.iterdir())
+    keys["student"] = {"name": "hf", "path": str(tiny_folder), "freeze": [], "lora": {"targets": ["decoder", "tower"]}}
+    assert "student.lora changes what makes them" in refusal(tiny_folder, **keys)
 
 
 def test_a_family_that_takes_no_cached_features(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,8 +90,8 @@ class HFStudent(nn.Module):
         if self.lora is not None:
             self.adapters = Adapters(self.backbone, self.lora, rows, generator, self.path, self.base_sha256)
         elif rows:
-            for part, table in tables(self.backbone).items():
-                if part in self.freeze:
+            for table in tables(self.backbone).values():
+                if not table.requires_grad:
                     keep_rows_alive(table, rows)
 
     def learns(self, part: str) -> bool:

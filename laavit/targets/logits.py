@@ -35,15 +35,16 @@ CONTROLS = ("none", "random")
 ROUNDING = 1e-6
 
 
-def teacher_shares(logprobs: Tensor, known: Tensor, temperature: float) -> Tensor:
+def teacher_shares(logprobs: Tensor, known: Tensor, temperature: float, least: float = 0.0) -> Tensor:
     """p^T over the kept tokens and the rest: [M, k] -> float64 [M, k + 1].
 
     Args:
         known: bool [M, k], which of the tokens the student has; the others count to the rest.
+        least: what a rest that rounding hides is taken for.
     """
     kept = logprobs.double().masked_fill(~known, -torch.inf)
     rest = 1 - kept.exp().sum(-1, keepdim=True)
-    rest = rest.masked_fill(rest < ROUNDING, 0.0).log()
+    rest = rest.masked_fill(rest < ROUNDING, least).log()
     return (torch.cat([kept, rest], -1) / temperature).softmax(-1)
 
 
@@ -132,6 +133,8 @@ class LogitsTarget(Target):
         logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
         ids = prepared["ids"][present]
         known = ids < logits.shape[-1]
-        teacher = teacher_shares(prepared["logprobs"][present], known, self.temperature).to(logits.dtype)
+        # KL(student || teacher) has no value where the teacher has nothing, and other tokens must cost something.
+        least = ROUNDING if self.direction == "reverse" and ids.shape[-1] < logits.shape[-1] else 0.0
+        teacher = teacher_shares(prepared["logprobs"][present], known, self.temperature, least).to(logits.dtype)
         student = student_shares(logits, ids, known, self.temperature)
         return self.temperature**2 * DIVERGENCES[DIRECTIONS[self.direction]](teacher, student).mean()

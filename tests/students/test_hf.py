@@ -94,6 +94,8 @@ def test_bad_initial_rows_are_named(lab: Any) -> None:
         lab.student(4, init="you are helpful")
     with pytest.raises(UserError, match="at least 1, got 0"):
         LearnedLatents(0)
+    with pytest.raises(UserError, match="emit_weight: got 2, and these latents are not emitted"):
+        LearnedLatents(4, emit_weight=2)
     with pytest.raises(UserError, match="not negative"):
         LearnedLatents(4, noise=-1.0)
 
@@ -108,6 +110,12 @@ def test_latents_are_added_once(lab: Any, tmp_path: Path) -> None:
     again.setup(LearnedLatents(6), torch.Generator())  # two more
     ids = again.backbone.tokenizer.convert_tokens_to_ids(latent_tokens(6))
     assert len(set(ids)) == 7 and None not in ids
+
+
+def test_latent_rows_of_a_table_frozen_by_an_expression_learn_too(lab: Any) -> None:
+    student = lab.student(4, freeze=("vision", "embed_tokens"))
+    assert student.model.get_input_embeddings().weight.requires_grad
+    assert not lab.student(0, freeze=("vision", "embed_tokens")).model.get_input_embeddings().weight.requires_grad
 
 
 def test_a_name_to_freeze_that_fits_nothing(lab: Any) -> None:

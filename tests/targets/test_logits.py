@@ -99,6 +99,18 @@ def test_values_and_gradients(direction: str, temperature: float, k: int) -> Non
     assert gradients[0].abs().sum(-1).min() > 0
 
 
+def test_other_tokens_cost_the_student_something_where_the_teacher_has_none() -> None:
+    """KL(student || teacher): a rest that rounding hides in the teacher is no place for the student to hide."""
+    teacher = normal(9, VOCABULARY, seed=1) + 40.0 * torch.eye(VOCABULARY, dtype=torch.float64)[:9]
+    student = teacher.clone().requires_grad_()
+    wrong = (teacher + 60.0 * torch.eye(VOCABULARY, dtype=torch.float64)[-1]).requires_grad_()
+    target = LogitsTarget(direction="reverse")
+    good, bad = loss(target, student, teacher, 4), loss(target, wrong, teacher, 4)
+    assert 0 <= good < 1e-4 and bad > 5
+    (gradient,) = torch.autograd.grad(bad, wrong)
+    assert (gradient[:, -1] > 0).all()  # the token that the teacher never says goes down
+
+
 def test_the_scale_keeps_gradients_as_t_grows() -> None:
     """Hinton, Sec. 2: at high T the gradient is (z_s - z_t) / (V T^2) a token, so T^2 times it does not vanish."""
     teacher, student = normal(9, VOCABULARY, seed=1), normal(9, VOCABULARY, seed=2).requires_grad_()
