@@ -65,14 +65,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--limit", type=int, help="at most so many questions a task")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--out", type=Path, help="default RUN/eval/<tasks>-latents-<on|off|N>[-<intervention>]")
+    parser.add_argument(
+        "--out", type=Path, help="default RUN/eval/<tasks>-latents-<on|off|N>[-<intervention>[-<argument>=<value>]]"
+    )
     options, overrides = parser.parse_known_args(list(argv))
     intervention = intervention_of(options.intervention, overrides)
     from laavit.evaluation.run import evaluate
 
     folder, results = model_folder(options.model)
     tasks = [name for word in options.tasks for name in word.split(",") if name]
-    name = "-".join(filter(None, ["+".join(tasks), "latents", options.latents, options.intervention]))
+    arguments = [f"{key}={value}" for key, value in sorted((intervention or {}).items()) if key != "name"]
+    words = ["+".join(tasks), "latents", options.latents, options.intervention, *arguments]
+    name = "-".join(filter(None, words)).replace("/", "_")
     summary = evaluate(
         folder, tasks, options.out or results / name, options.batch_size, options.latents, options.limit,
         options.include_path, options.data_root, options.device, options.dtype, intervention=intervention,

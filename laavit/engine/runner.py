@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +35,7 @@ from laavit.engine.optim import (
 from laavit.engine.sampler import BatchSampler
 from laavit.engine.schedules import ClosedFormLR
 from laavit.engine.settings import TrainSettings
-from laavit.files import remove_leftovers, write_json
+from laavit.files import read_object, remove_leftovers, write_json
 from laavit.registry import UserError
 
 logger = logging.getLogger("laavit.engine")
@@ -43,6 +44,8 @@ logger = logging.getLogger("laavit.engine")
 REPLACED = dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint"))
 #: settings that the order of the data depends on: a resumed run must have the same
 FIXED = ("seed", "batch_size", "grouped")
+#: what a recipe says of the model and its losses: a run that goes on with another one is told so
+PARTS = ("student", "latents", "gate", "targets", "prompt")
 #: settings that may change between start and resume without changing the result
 FREE = ("workers", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device", "find_unused_parameters")
 
@@ -174,6 +177,10 @@ def _sampler(dataset: Any, settings: TrainSettings, rank: int, world_size: int) 
 
 
 def _write_headers(work_dir: Path, recipe: Mapping[str, Any], environment: Mapping[str, Any], step: int) -> None:
+    before, now = read_object(work_dir / "recipe.json"), json.loads(json.dumps(dict(recipe)))
+    changed = [key for key in PARTS if step and key in before and before[key] != now.get(key)]
+    if changed:
+        logger.warning("from step %d on with another recipe, and not to the same bits: %s", step, ", ".join(changed))
     try:
         write_json(work_dir / "recipe.json", recipe)
         write_json(work_dir / "environment.json", environment)
@@ -215,6 +222,10 @@ def _check_resumable(checkpoint: Path, settings: TrainSettings, sampler: BatchSa
         raise UserError(
             f"the data set differs from the one that '{checkpoint.parent.parent}' was trained on "
             f"({state['data']['length']} samples then): resume with the same data and filters"
+        )
+    if int(state["iter"]) > settings.steps:
+        raise UserError(
+            f"train.steps: got {settings.steps}, and the run in '{checkpoint.parent.parent}' has done {state['iter']}"
         )
     changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k not in FREE and before.get(k) != now[k]]
     if changed:

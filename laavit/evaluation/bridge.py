@@ -372,6 +372,8 @@ def _device(asked: str | None) -> torch.device:
 
 
 def _load(pretrained: str, dtype: str, attention: str, limits: Mapping[str, int | None]) -> tuple[Any, Any]:
+    if (Path(pretrained) / "adapter_config.json").is_file():
+        raise UserError(f"'{pretrained}' holds adapters alone; export the run again without --adapters apart")
     try:
         model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype, attn_implementation=attention)
         processor = AutoProcessor.from_pretrained(pretrained, **{k: v for k, v in limits.items() if v is not None})

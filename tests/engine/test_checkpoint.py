@@ -73,6 +73,21 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(lab, tmp_path)
     assert not [name for name in names(tmp_path / "cut") if name.startswith(".")]
 
 
+def test_a_run_does_not_go_on_to_an_earlier_step(lab, tmp_path):
+    lab.run(tmp_path, steps=4)
+    with pytest.raises(UserError, match=r"train.steps: got 3, and the run in '.*' has done 4"):
+        lab.run(tmp_path, steps=3, resume=True)
+
+
+def test_going_on_with_another_recipe_is_warned_of(lab, tmp_path, caplog):
+    lab.run(tmp_path, steps=2)
+    lab.run(tmp_path, steps=3, resume=True)
+    assert "another recipe" not in caplog.text
+    (tmp_path / "recipe.json").write_text('{"title": "fake", "gate": {"type": "CosineGate"}}')
+    lab.run(tmp_path, steps=4, resume=True)
+    assert "from step 3 on with another recipe, and not to the same bits: gate" in caplog.text
+
+
 def test_a_finished_run_resumes_to_itself_with_its_weights(lab, tmp_path):
     made = lab.run(tmp_path)
     before = lab.bits(made.last)

@@ -87,6 +87,13 @@ def test_prompts_of_another_kind_than_the_training_s_are_warned_of(
     assert "prompt.order 'question_first'" in said and "prompt.suffix ' In one word.'" in said
 
 
+def test_adapters_alone_are_refused(tmp_path: Path) -> None:
+    """peft's folder names a base; evaluating what transformers makes of it would be evaluating something else."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds adapters alone; export the run again without --adapters apart"):
+        Laavit(str(tmp_path))
+
+
 def blocked(inputs: dict[str, torch.Tensor], latents: list[int]) -> torch.Tensor:
     """The additive 4-D mask [B, 1, S, S]: causal, no padding keys, and for every query no latent keys."""
     tokens = inputs["input_ids"]
