@@ -1,4 +1,4 @@
-"""LVR (arXiv 2509.24251): hidden states fed back, each led to a patch inside the boxes (MSE), no gate, no teacher.
+"""LVR (arXiv 2509.24251): hidden states fed back, each led to a patch inside the boxes (MSE); no gate, no teacher loss.
 
 Theirs has as many latents as the boxes have patches; here 8 stand for patches spread over them.
 """

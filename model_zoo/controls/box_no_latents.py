@@ -1,4 +1,4 @@
-"""Control: the header and the answer follow the annotated boxes; no latents, no gate, no teacher."""
+"""Control: the header and the answer follow the annotated boxes; no latents, no gate, no teacher in the loss."""
 
 _base_ = ["../lavit/lavit.py"]
 
