@@ -120,7 +120,7 @@ def test_the_recipe_of_the_document(workplace: Path, registries: None) -> None:
     for word, stand_in in (("blink_relative_depth", "microlab_test"), ("0.5", "1.0")):
         evaluate = [stand_in if given == word else given for given in evaluate]
     assert run(evaluate[0], [*evaluate[1:], "--data-root", "lab/eval", "--limit", "2"]) == 0
-    summary = json.loads(Path("runs/mine/eval/microlab_test-latents-on-NoisyImage/summary.json").read_text())
+    summary = json.loads(Path("runs/mine/eval/microlab_test-latents-on-NoisyImage-share=1.0/summary.json").read_text())
     assert summary["intervention"] == {"name": "NoisyImage", "share": 1.0}
     family = ["vipllava" if "llava-hf" in word else word for word in family]
     assert run(family[0], [*family[1:], *SMALL]) == 0
