@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from measuring import Worker, answer, asked, peak_of, write_results
+from measuring import Worker, answer, asked, compared, peak_of, write_results
 
 WAYS = ("ours", "plain", "eager")
 WORKS = ("extraction", "training")
@@ -184,32 +183,14 @@ def start(way: str, work: str, tokens: int, options: argparse.Namespace, large_b
 
 def compare(work: str, tokens: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a way: median seconds, peak bytes, both as ratios to plain."""
-    found: dict[str, dict[str, Any]] = {}
-    for way in WAYS:
-        alone = start(way, work, tokens, options, large_blocks=True)
-        peak, figure = alone.ask("memory")
-        alone.close()
-        found[way] = {"work": work, "tokens": tokens, "way": way, "bytes": int(peak), "figure": figure, "times": []}
-    workers = {way: start(way, work, tokens, options, large_blocks=False) for way in WAYS}
-    for way in WAYS:
-        workers[way].ask("time")  # the first pass also pays for the allocator's growth
-    for _ in range(options.repeats):
-        for way in WAYS:
-            found[way]["times"].append(workers[way].ask("time")[0])
-    for one in workers.values():
-        one.close()
-    for row in found.values():
-        row["seconds"] = statistics.median(row["times"])
-    for row in found.values():
-        # Repeat by repeat: what slows the machine down for a while slows neighbours alike.
-        pairs = zip(row["times"], found["plain"]["times"], strict=True)
-        row["time_ratio"] = statistics.median(own / plain for own, plain in pairs)
-        row["memory_ratio"] = row["bytes"] / max(found["plain"]["bytes"], 1)
+    found = compared(
+        WAYS, "plain", lambda way, large: start(way, work, tokens, options, large_blocks=large), options.repeats
+    )
     if not math.isclose(found["ours"]["figure"], found["eager"]["figure"], rel_tol=1e-3):
         raise RuntimeError(
             f"{work}: ours gives {found['ours']['figure']}, eager {found['eager']['figure']}: not the same work"
         )
-    return list(found.values())
+    return [{"work": work, "tokens": tokens, "way": way, **row} for way, row in found.items()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

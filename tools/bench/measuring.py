@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,40 @@ class Worker:
         assert self.process.stdin is not None, "it is a pipe"
         self.process.stdin.close()
         self.process.wait()
+
+
+def compared(
+    ways: Sequence[str], base: str, start: Callable[[str, bool], Worker], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Ways of doing the same work: median seconds and peak bytes, both as ratios to the base's.
+
+    Args:
+        start: a worker of a way, with large blocks or not; asked for "memory" it answers peak and figure, for "time"
+            the seconds first.
+
+    Returns: way -> ``bytes``, ``figure``, ``times``, ``seconds``, ``time_ratio``, ``memory_ratio``.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for way in ways:
+        alone = start(way, True)
+        peak, figure = alone.ask("memory")
+        alone.close()
+        found[way] = {"bytes": int(peak), "figure": figure, "times": []}
+    workers = {way: start(way, False) for way in ways}
+    for way in ways:
+        workers[way].ask("time")  # the first pass also pays for the allocator's growth
+    for _ in range(repeats):
+        for way in ways:
+            found[way]["times"].append(workers[way].ask("time")[0])
+    for one in workers.values():
+        one.close()
+    for row in found.values():
+        row["seconds"] = statistics.median(row["times"])
+        # Repeat by repeat: what slows the machine down for a while slows neighbours alike.
+        pairs = zip(row["times"], found[base]["times"], strict=True)
+        row["time_ratio"] = statistics.median(own / plain for own, plain in pairs)
+        row["memory_ratio"] = row["bytes"] / max(found[base]["bytes"], 1)
+    return found
 
 
 def asked() -> Iterator[str]:

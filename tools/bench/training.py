@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from measuring import Worker, answer, asked, peak_of, write_results
+from measuring import Worker, answer, asked, compared, peak_of, write_results
 
 WAYS = ("sft", "lavit", "feedback")
 FAMILIES = ("qwen2_5_vl", "llava_onevision", "gemma3")
@@ -187,26 +186,10 @@ def start(way: str, family: str, options: argparse.Namespace, large_blocks: bool
 
 def compare(family: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a way: median seconds, peak bytes, both as ratios to plain fine-tuning."""
-    rows: dict[str, dict[str, Any]] = {}
-    for way in options.ways:
-        alone = start(way, family, options, large_blocks=True)
-        rows[way] = {"family": family, "way": way, "bytes": int(alone.ask("memory")[0]), "times": []}
-        alone.close()
-    workers = {way: start(way, family, options, large_blocks=False) for way in options.ways}
-    for way in options.ways:
-        workers[way].ask("time")  # the first step also pays for the allocator's growth
-    for _ in range(options.repeats):
-        for way in options.ways:
-            rows[way]["times"].append(workers[way].ask("time")[0])
-    for one in workers.values():
-        one.close()
-    plain = rows["sft"]
-    for row in rows.values():
-        row["seconds"] = statistics.median(row["times"])
-        pairs = zip(row["times"], plain["times"], strict=True)
-        row["time_ratio"] = statistics.median(own / base for own, base in pairs)
-        row["memory_ratio"] = row["bytes"] / max(plain["bytes"], 1)
-    return list(rows.values())
+    rows = compared(
+        options.ways, "sft", lambda way, large: start(way, family, options, large_blocks=large), options.repeats
+    )
+    return [{"family": family, "way": way, **row} for way, row in rows.items()]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
