@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -111,8 +112,9 @@ def accuracy_panels(rows: Sequence[Row], colour: Mapping[str, str]) -> list[Figu
             y = len(rows) - 1 - rows.index(row)
             low, high = wilson(k, n)
             off = row.evaluation.latents == "off"
-            axes.plot([100 * low, 100 * high], [y, y], color=colour[row.run], linewidth=2.2, solid_capstyle="round")
-            axes.plot(100 * k / n, y, "o", color=colour[row.run], markersize=6.5, markerfacecolor=CARD if off else None)
+            own: dict[str, Any] = {"color": colour[row.run], "clip_on": False}  # a dot at 100 is a whole one
+            axes.plot([100 * low, 100 * high], [y, y], linewidth=2.2, solid_capstyle="round", **own)
+            axes.plot(100 * k / n, y, "o", markersize=6.5, markerfacecolor=CARD if off else None, **own)
         axes.set_yticks(range(len(rows)), [_shortened(row.label) for row in reversed(rows)], color=INK)
         axes.set_xlim(*limits)
         axes.set_ylim(-0.6, len(rows) - 0.4)
