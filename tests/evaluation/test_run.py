@@ -27,8 +27,9 @@ from laavit.evaluation import manifest
 from laavit.evaluation.bridge import Laavit, Settings
 from laavit.evaluation.microlab_task import normalise
 from laavit.evaluation.records import read_records
-from laavit.evaluation.run import evaluate, load_tasks
+from laavit.evaluation.run import evaluate
 from laavit.evaluation.statistics import wilson
+from laavit.evaluation.tasks import load_tasks
 from laavit.paths import project_data
 from laavit.registry import UserError
 

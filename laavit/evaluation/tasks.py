@@ -1,0 +1,127 @@
+"""The benchmarks' tasks with their data: lmms-eval's index of tasks, groups resolved, local copies found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import tenacity
+from datasets import Dataset
+
+from laavit.evaluation.lmms import Task, TaskManager
+from laavit.evaluation.microlab_task import FOLDER_VARIABLE
+from laavit.paths import project_data
+from laavit.registry import UserError, nearest
+
+
+@lru_cache(maxsize=4)
+def _task_manager(folders: tuple[str, ...]) -> TaskManager:
+    """lmms-eval's index of tasks, which takes seconds to build: one for each set of folders."""
+    return TaskManager(include_path=list(folders), model_name="laavit")
+
+
+def task_manager(include_path: str | Path | Sequence[str | Path] = ()) -> TaskManager:
+    """The index over lmms-eval's tasks, ``eval/tasks`` and the folders of ``include_path``.
+
+    Raises:
+        UserError: a folder does not exist.
+    """
+    given = [include_path] if isinstance(include_path, str | Path) else list(include_path)
+    for folder in given:
+        if not Path(folder).is_dir():
+            raise UserError(f"include_path '{folder}' is not a folder")
+    return _task_manager((str(project_data("eval") / "tasks"), *map(str, given)))
+
+
+def load_tasks(
+    names: Sequence[str], include_path: str | Path | Sequence[str | Path] = (), data_root: str | Path | None = None
+) -> list[Task]:
+    """The tasks with their data, groups resolved to their members.
+
+    Raises:
+        UserError: no task is named, one is unknown, or its data are not to be had.
+    """
+    if isinstance(names, str):
+        names = [name for name in names.split(",") if name]
+    if not names:
+        raise UserError("no task was named; for example: microlab_test")
+    manager = task_manager(include_path)
+    known = set(manager.all_tasks)
+    for name in names:
+        if name not in known:
+            raise UserError(f"no task is called '{name}'; {_nearest_task(name, known)}")
+    loaded: dict[str, Task] = {}
+    for name in _leaves(manager, names):
+        loaded[name] = _load_task(manager, name, None if data_root is None else Path(data_root))
+    return list(loaded.values())
+
+
+def _nearest_task(name: str, known: set[str]) -> str:
+    """The nearest names, not all of lmms-eval's thousand."""
+    alike = sorted(task for task in known if name in task or task in name)[:8]
+    _, hint, rest = nearest(name, known).partition(" (did you mean")
+    near = f"{hint.lstrip()}{rest}" if hint else ""
+    return "; ".join(filter(None, [near, f"alike: {', '.join(alike)}" if alike else ""])) or (
+        "`lmms-eval tasks list` prints all names"
+    )
+
+
+def _leaves(manager: TaskManager, names: Sequence[str]) -> Iterator[str]:
+    """Single tasks in order: a tag's or a group's members in its place."""
+    for name in names:
+        entry = manager.task_index[name]
+        if entry["type"] in ("task", "python_task"):
+            yield name
+        else:
+            members = entry["task"] if entry["task"] != -1 else manager._get_config(name)["task"]
+            yield from _leaves(manager, [member if isinstance(member, str) else member["task"] for member in members])
+
+
+def _load_task(manager: TaskManager, name: str, data_root: Path | None) -> Task:
+    config = manager._get_config(name)
+    path, arguments = config.get("dataset_path"), dict(config.get("dataset_kwargs") or {})
+    request: dict[str, Any] = {"task": name}
+    if category := arguments.pop("category", None):
+        # V*'s subsets hand their category to `load_dataset`, which knows no such argument
+        request |= {"dataset_kwargs": arguments, "process_docs": partial(_only, category)}
+    if data_root is not None:
+        path = str(_local_data(name, path, data_root))
+        # an override replaces dataset_kwargs as a whole, which also drops `token: True`: nothing is fetched
+        request |= {"dataset_path": path, "dataset_kwargs": {}}
+    elif name.startswith("microlab_") and not Path(path).is_dir():
+        raise UserError(
+            f"task '{name}' reads '{path}', which is not a folder; give --data-root or set {FOLDER_VARIABLE}"
+        )
+    try:
+        loaded = manager.load_task_or_group([request], task_type="chat")
+    except tenacity.RetryError as error:  # how lmms-eval wraps whatever `load_dataset` raised
+        reason = str(error.last_attempt.exception()).strip().splitlines()[0]
+        raise UserError(f"the data of task '{name}' could not be loaded from '{path}': {reason}") from error
+    except KeyError as error:
+        raise UserError(
+            f"the data of task '{name}' in '{path}' have no {error}; a local copy needs the data set's own README.md "
+            "where that names its splits"
+        ) from error
+    return loaded[name]
+
+
+def _only(category: str, documents: Dataset) -> Dataset:
+    return documents.filter(lambda value: value == category, input_columns="category")
+
+
+def _local_data(task: str, dataset_path: str | None, root: Path) -> Path:
+    if not root.is_dir():
+        raise UserError(f"data_root '{root}' is not a folder")
+    repository = Path(dataset_path or task)
+    candidates = [root / task, root / repository.name]
+    if not repository.is_absolute():
+        candidates.append(root / repository)
+    for folder in candidates:
+        if folder.is_dir():
+            return folder.resolve()
+    if any(root.glob("*.parquet")):
+        return root.resolve()
+    looked = ", ".join(f"'{folder}'" for folder in dict.fromkeys(candidates))
+    raise UserError(f"data_root '{root}' has no data for task '{task}'; looked for {looked} and parquet files in it")
