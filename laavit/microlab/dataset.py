@@ -2,7 +2,7 @@
 
 ROOT/train.json  val.json  test.json     Visual-CoT records, image paths relative to ROOT/images
 ROOT/images/<split>/000000.png
-ROOT/eval/{val,test}-00000-of-00001.parquet   id, image, question, answer, kind, boxes
+ROOT/eval/{val,test}-00000-of-00001.parquet   id, image, question, answer, kind, boxes (in the order of their hops)
 ROOT/eval/README.md                       the configuration `datasets` reads
 ROOT/dataset.json                         what was asked for, and the hash of every file above: written last
 """
@@ -25,9 +25,9 @@ from PIL import Image
 from rich.progress import track
 
 from laavit.files import write_bytes
-from laavit.microlab.questions import QUESTION_KINDS, Question, ask
+from laavit.microlab.questions import HOP_KINDS, QUESTION_KINDS, Question, ask, has_hops
 from laavit.microlab.scenes import IMAGE_SIZE, SCENES_VERSION, Scene, make_scene, render
-from laavit.registry import UserError
+from laavit.registry import UserError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,11 @@ class DatasetSettings:
     """How many scenes a split has; each is asked one question of every kind.
 
     Args:
-        train, val, test: scenes. kinds: question kinds; empty for all.
+        train, val, test: scenes. kinds: question kinds; empty for the usual six. With one of several hops
+            (``questions.HOP_KINDS``) the scenes are drawn for them, and every record says which box is of which hop.
+
+    Raises:
+        UserError: an empty split, or an unknown kind.
     """
 
     train: int = 1000
@@ -77,10 +81,19 @@ class DatasetSettings:
     def __post_init__(self) -> None:
         if min(self.train, self.val, self.test) < 1:
             raise UserError(f"every split of the micro-lab has at least one scene, got {self}")
+        known = [*QUESTION_KINDS, *HOP_KINDS]
+        for kind in self.kinds:
+            if kind not in known:
+                raise UserError(f"kinds: no kind of question is called '{kind}'; {nearest(kind, known)}")
 
 
-def visual_cot_record(identity: int, split: str, path: str, question: Question) -> dict[str, Any]:
-    """One question as a four-turn Visual-CoT record; several boxes are several ``path###[...]`` entries."""
+def visual_cot_record(identity: int, split: str, path: str, question: Question, hops: bool = False) -> dict[str, Any]:
+    """One question as a four-turn Visual-CoT record; several boxes are several ``path###[...]`` entries.
+
+    Args:
+        hops: say which boxes belong to which hop, in a key that is no part of the format: lists of their places.
+    """
+    extra = {"hops": [[question.boxes.index(box) for box in hop] for hop in question.hops]} if hops else {}
     boxes = [[x / IMAGE_SIZE for x in box] for box in question.boxes]
     written = ", ".join("[" + ", ".join(f"{x:.3f}" for x in box) + "]" for box in boxes)
     return {
@@ -94,6 +107,7 @@ def visual_cot_record(identity: int, split: str, path: str, question: Question) 
             {"from": "human", "value": "<image>"},
             {"from": "gpt", "value": question.answer},
         ],
+        **extra,
     }
 
 
@@ -144,8 +158,9 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
 
 def _split(root: Path, split: str, seed: int, scenes: int, kinds: list[str]) -> Iterator[tuple[dict, dict]]:
     """Every question of a split: its Visual-CoT record and its row for evaluation."""
+    hops = has_hops(kinds)
     for index in range(scenes):
-        scene = make_scene(seed, index)
+        scene = make_scene(seed, index, hops)
         path = f"{split}/{index:06d}.png"
         picture = _picture(root / "images" / path, scene)
         for number, question in enumerate(ask(scene, kinds)):
@@ -158,7 +173,7 @@ def _split(root: Path, split: str, seed: int, scenes: int, kinds: list[str]) -> 
                 "kind": question.kind,
                 "boxes": [[x / IMAGE_SIZE for x in box] for box in question.boxes],
             }
-            yield visual_cot_record(identity, split, path, question), row
+            yield visual_cot_record(identity, split, path, question, hops), row
 
 
 def _picture(path: Path, scene: Scene) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -41,6 +42,10 @@ NOISE = 0.03
 RAMP = 0.3  # the darkest corner's loss of light
 JITTER = 2
 COUNTS = (1, 2, 3)
+#: direction -> (rows, columns) to the neighbouring cell
+DIRECTIONS: dict[str, tuple[int, int]] = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+#: the most shapes that a question leads over, from one to its neighbour
+LONGEST_CHAIN = 3
 
 _GLYPHS = {
     "A": ("01110", "10001", "10001", "11111", "10001", "10001", "10001"),
@@ -88,15 +93,54 @@ class Scene:
         return self.shapes[self.marks[MARKS.index(mark)]]
 
 
-def make_scene(seed: int, index: int) -> Scene:
+@dataclass(frozen=True)
+class Chain:
+    """Shapes of which each stands beside the one before, and where: ``steps[i]`` leads to ``shapes[i + 1]``."""
+
+    shapes: tuple[Shape, ...]
+    steps: tuple[str, ...] = ()
+
+
+def chains(shapes: Sequence[Shape], start: Shape, length: int) -> list[Chain]:
+    """Every chain of ``length`` different shapes from ``start``, each in the cell next to the one before."""
+    cells = {(shape.row, shape.column): shape for shape in shapes}
+    found = [Chain((start,))]
+    for _ in range(length - 1):
+        longer = []
+        for chain in found:
+            last = chain.shapes[-1]
+            for word, (down, right) in DIRECTIONS.items():
+                beside = cells.get((last.row + down, last.column + right))
+                if beside is not None and beside not in chain.shapes:
+                    longer.append(Chain((*chain.shapes, beside), (*chain.steps, word)))
+        found = longer
+    return found
+
+
+def only_ones(shapes: Sequence[Shape], attribute: str) -> list[Shape]:
+    """The shapes whose ``attribute``, "form" or "colour", no other shape has."""
+    counts = Counter(getattr(shape, attribute) for shape in shapes)
+    return [shape for shape in shapes if counts[getattr(shape, attribute)] == 1]
+
+
+def make_scene(seed: int, index: int, hops: bool = False) -> Scene:
     """The scene number ``index`` of the sequence ``seed``; the same arguments give the same scene on any machine.
 
     Drawn by rejection until every kind of question has its subject: a form and a colour that occur once, a form or
     colour for each count of 1, 2 and 3, and two shapes that differ in size and in tone.
+
+    Args:
+        hops: a scene for questions of several hops, too: of 6 or 7 shapes, where a chain of three begins at a form and
+            at a colour that occur once. Another sequence than the one without.
     """
-    rng = np.random.default_rng([seed, index])
+    rng = np.random.default_rng([seed, index, 2] if hops else [seed, index])
     while True:
-        shapes = _draw_shapes(rng)
+        shapes = _draw_shapes(rng, 6 if hops else 4)
+        if hops and not all(
+            any(chains(shapes, start, LONGEST_CHAIN) for start in only_ones(shapes, attribute))
+            for attribute in ("form", "colour")
+        ):
+            continue
         pairs = [
             (i, j)
             for i, first in enumerate(shapes)
@@ -111,8 +155,8 @@ def make_scene(seed: int, index: int) -> Scene:
             return Scene(tuple(shapes), marks, float(rng.uniform(0, 2 * math.pi)), (seed, index))
 
 
-def _draw_shapes(rng: np.random.Generator) -> list[Shape]:
-    number = int(rng.integers(4, 8))
+def _draw_shapes(rng: np.random.Generator, least: int) -> list[Shape]:
+    number = int(rng.integers(least, 8))
     cells = rng.permutation(GRID * GRID)[:number]
     colours = rng.integers(len(COLOURS), size=number)
     forms = rng.integers(len(FORMS), size=number)
