@@ -6,13 +6,18 @@ or two figures compared without pairing their samples, says little.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import comb, sqrt
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+#: numbers held at once while resampling
+_CHUNK = 4_000_000
 
 
 def _check_level(level: float) -> None:
@@ -106,3 +111,242 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     discordant = wins + losses
     tail = sum(comb(discordant, i) for i in range(min(wins, losses) + 1))
     return float(min(Fraction(1), Fraction(2 * tail, 2**discordant)))
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What several seeds of one arm say together, or the difference of two arms.
+
+    Args:
+        mean: over seeds, each with the same weight. low, high: the interval for new seeds and new questions.
+        sd: the standard deviation over seeds (n - 1); None with one seed, and for a difference.
+        seeds: how many runs; of a difference those of both arms. n: questions that all of them answered.
+        p: of a difference, two-sided, from the same draws; None otherwise.
+    """
+
+    mean: float
+    low: float
+    high: float
+    sd: float | None
+    seeds: tuple[int, ...]
+    n: int
+    p: float | None = None
+
+
+def pooled(
+    correct: NDArray[Any],
+    level: float = 0.95,
+    iterations: int = 10_000,
+    seed: int = 0,
+    strata: Sequence[Hashable] | None = None,
+    clusters: Sequence[Hashable] | None = None,
+) -> Pooled:
+    """Accuracy over seeds and questions, both of them random: questions are redrawn, seeds enter as in a t interval.
+
+    Every draw takes n of the n questions for all seeds at once: a question that is hard for one seed is hard for the
+    others, so S · n answers are far from S · n independent ones. A handful of seeds cannot be redrawn (three of them
+    know three values), so a draw moves their mean by s / √S times a draw of Student's t with S - 1 degrees, s being the
+    standard deviation over seeds. What a seed and a question have to do with each other alone is counted twice (in s
+    and in the questions drawn): the interval is a little wide, never narrow. With one seed this is the plain bootstrap
+    over questions, and the interval says nothing of training again.
+
+    Args:
+        correct: [S, n], seeds by questions; right or wrong, or any score.
+        strata: of each question; the result is the mean of the strata's means (macro), each redrawn in itself.
+        clusters: of each question; questions about one image are not independent, so whole images are drawn.
+        level, iterations, seed: as for ``paired_bootstrap``.
+
+    Raises:
+        ValueError: nothing was answered, the level is not in (0, 1), or strata and clusters are both given.
+    """
+    values = _matrix(correct)
+    draws = _question_draws(values, iterations, seed, strata, clusters)
+    low, high = _ends(_over_seeds(draws.resampled, draws.mean, draws.rng), level)
+    sd = float(draws.mean.std(ddof=1)) if len(values) > 1 else None
+    return Pooled(float(draws.mean.mean()), low, high, sd, (len(values),), values.shape[1])
+
+
+def pooled_difference(
+    first: NDArray[Any],
+    second: NDArray[Any],
+    level: float = 0.95,
+    iterations: int = 10_000,
+    seed: int = 0,
+    strata: Sequence[Hashable] | None = None,
+    clusters: Sequence[Hashable] | None = None,
+) -> Pooled:
+    """The difference of two arms: the same questions are drawn for both, seeds are within each arm.
+
+    p is the two-sided bootstrap p: twice the smaller share of draws on one side of zero (at least 1 / iterations). It
+    stands in for McNemar's test where an arm has several seeds or images have several questions, which that test does
+    not know.
+
+    Args:
+        first: [S1, n]. second: [S2, n], the same questions in the same order. The others: as for ``pooled``.
+
+    Raises:
+        ValueError: as ``pooled``, or the arms have different numbers of questions.
+    """
+    one, two = _matrix(first), _matrix(second)
+    if one.shape[1] != two.shape[1]:
+        raise ValueError(f"paired answers need equal lengths, got {one.shape[1]} and {two.shape[1]}")
+    draws = _question_draws(np.concatenate([one, two]), iterations, seed, strata, clusters)
+    ours = _over_seeds(draws.resampled[:, : len(one)], draws.mean[: len(one)], draws.rng)
+    theirs = _over_seeds(draws.resampled[:, len(one) :], draws.mean[len(one) :], draws.rng)
+    low, high = _ends(ours - theirs, level)
+    mean = float(draws.mean[: len(one)].mean() - draws.mean[len(one) :].mean())
+    return Pooled(mean, low, high, None, (len(one), len(two)), one.shape[1], _two_sided(ours - theirs))
+
+
+def bootstrap(
+    values: NDArray[Any],
+    statistic: Callable[..., NDArray[Any]] = np.mean,
+    level: float = 0.95,
+    iterations: int = 10_000,
+    seed: int = 0,
+    clusters: Sequence[Hashable] | None = None,
+) -> tuple[float, float, float]:
+    """Percentile bootstrap of any statistic over samples.
+
+    Args:
+        values: [n] or [n, ...], one entry a sample.
+        statistic: takes an array and ``axis=``, as numpy's own do, and reduces the samples' axis to one number.
+        clusters: of each sample; whole clusters are drawn (their samples may differ in number).
+        level, iterations, seed: as for ``paired_bootstrap``.
+
+    Returns:
+        (statistic, low, high).
+
+    Raises:
+        ValueError: there are no samples, or the level is not in (0, 1).
+    """
+    values = np.asarray(values)
+    if not len(values):
+        raise ValueError("a bootstrap needs at least one sample")
+    rng = np.random.default_rng(seed)
+    if clusters is not None:
+        members = _members(clusters, len(values))
+        found = [
+            float(statistic(values[np.concatenate([members[i] for i in picked])], axis=0))
+            for picked in rng.integers(len(members), size=(iterations, len(members)))
+        ]
+    else:
+        batch = max(1, _CHUNK // values.size)  # so that memory stays bounded however many samples there are
+        found = []
+        for start in range(0, iterations, batch):
+            picked = rng.integers(len(values), size=(min(batch, iterations - start), len(values)))
+            found += np.asarray(statistic(values[picked], axis=1), dtype=np.float64).tolist()
+    low, high = _ends(np.asarray(found), level)
+    return float(statistic(values, axis=0)), low, high
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's (1979) adjusted p values: one below α is an error with probability α at most, however they depend.
+
+    The i-th smallest of m becomes max_{j ≤ i} min(1, (m - j + 1) p_j).
+    """
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for place, index in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        largest = max(largest, min(1.0, (len(ps) - place) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def benjamini_hochberg(ps: Sequence[float]) -> list[float]:
+    """Benjamini and Hochberg's (1995) adjusted p values: among those below q, a share q is false at most, on average.
+
+    The i-th smallest of m becomes min_{j ≥ i} min(1, m p_j / j); for independent or positively dependent tests.
+    """
+    adjusted, smallest = [0.0] * len(ps), 1.0
+    for place, index in reversed(list(enumerate(sorted(range(len(ps)), key=lambda i: ps[i]), 1))):
+        smallest = min(smallest, len(ps) * ps[index] / place)
+        adjusted[index] = smallest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """``mean`` [S]: each row's mean; ``resampled`` [iterations, S]: the same over redrawn questions."""
+
+    mean: NDArray[np.float64]
+    resampled: NDArray[np.float64]
+    rng: np.random.Generator
+
+
+def _matrix(correct: NDArray[Any]) -> NDArray[np.float64]:
+    values = np.atleast_2d(np.asarray(correct, dtype=np.float64))
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"answers are [seeds, questions] and not empty, got the shape {values.shape}")
+    return values
+
+
+def _question_draws(
+    values: NDArray[np.float64],
+    iterations: int,
+    seed: int,
+    strata: Sequence[Hashable] | None,
+    clusters: Sequence[Hashable] | None,
+) -> _Draws:
+    """Redraw the questions of all rows together.
+
+    Questions answered alike by all rows are one pattern, and resampling n questions is one multinomial draw over the
+    patterns' counts: exact, and O(iterations · patterns) instead of O(iterations · n).
+    """
+    if strata is not None and clusters is not None:
+        raise ValueError("strata and clusters cannot both be given: a cluster may lie in several strata")
+    rng = np.random.default_rng(seed)
+    if clusters is not None:
+        members = _members(clusters, values.shape[1])
+        sums = np.stack([values[:, one].sum(axis=1) for one in members])
+        return _over_patterns([(sums, np.array([len(one) for one in members], dtype=np.float64))], iterations, rng)
+    groups = [np.arange(values.shape[1])] if strata is None else _members(strata, values.shape[1])
+    return _over_patterns([(values[:, one].T, np.ones(len(one))) for one in groups], iterations, rng)
+
+
+def _over_patterns(
+    groups: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], iterations: int, rng: np.random.Generator
+) -> _Draws:
+    """Means of groups of units, averaged; a group is (sums [units, S], questions [units])."""
+    mean = np.zeros(groups[0][0].shape[1])
+    resampled = np.zeros((iterations, len(mean)))
+    for sums, sizes in groups:
+        patterns, counts = np.unique(np.column_stack([sums, sizes]), axis=0, return_counts=True)
+        mean += sums.sum(axis=0) / sizes.sum()
+        batch = max(1, _CHUNK // len(patterns))
+        for start in range(0, iterations, batch):
+            rows = slice(start, min(start + batch, iterations))
+            drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size=rows.stop - start) @ patterns
+            resampled[rows] += drawn[:, :-1] / drawn[:, -1:]
+    return _Draws(mean / len(groups), resampled / len(groups), rng)
+
+
+def _over_seeds(
+    resampled: NDArray[np.float64], observed: NDArray[np.float64], rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """[iterations, S] and each seed's own mean [S] -> [iterations]: the mean over seeds, moved by what they leave open."""
+    means, seeds = resampled.mean(axis=1), len(observed)
+    if seeds == 1:
+        return means
+    return means + observed.std(ddof=1) / sqrt(seeds) * rng.standard_t(seeds - 1, len(means))
+
+
+def _members(labels: Sequence[Hashable], total: int) -> list[NDArray[np.int64]]:
+    """The places of each label, labels in the order of their first appearance."""
+    if len(labels) != total:
+        raise ValueError(f"each question needs a label, got {len(labels)} for {total}")
+    places: dict[Hashable, list[int]] = {}
+    for i, label in enumerate(labels):
+        places.setdefault(label, []).append(i)
+    return [np.asarray(one, dtype=np.int64) for one in places.values()]
+
+
+def _ends(draws: NDArray[np.float64], level: float) -> tuple[float, float]:
+    _check_level(level)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _two_sided(draws: NDArray[np.float64]) -> float:
+    """Twice the smaller share of draws on one side of zero; a draw of exactly zero counts on both."""
+    share = min((draws <= 0).mean(), (draws >= 0).mean())
+    return float(min(1.0, 2 * max(share, 1 / (len(draws) + 1))))
