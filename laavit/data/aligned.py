@@ -20,6 +20,7 @@ from laavit.registry import SETTINGS, UserError
 from laavit.structures import Batch, Encoded, Sample, Trace
 from laavit.targets.base import Target, stack
 from laavit.targets.controls import PAIRED, partners
+from laavit.targets.steps import hop_boxes
 from laavit.traces.hub import local_store
 from laavit.traces.shards import read_header
 from laavit.traces.store import TraceStore
@@ -171,7 +172,7 @@ class AlignedDataset(Dataset[Item]):
         return found
 
     def _check_boxes(self) -> None:
-        """Whether every sample has a box, where a target needs one."""
+        """Whether every sample has a box, and says in which order boxes are looked at, where a target needs that."""
         wanting = [name for name, target in self.targets.items() if target.needs_boxes]
         if not wanting:
             return
@@ -182,6 +183,12 @@ class AlignedDataset(Dataset[Item]):
                 f"targets.{wanting[0]}: {len(without)} of {len(self.samples)} samples have no box, the first is "
                 f"'{self.samples[without[0]].id}'"
             )
+        ordering = [name for name in wanting if self.targets[name].needs_hops]
+        for sample in track(self.samples, "hops", console=Console(stderr=True), transient=True) if ordering else ():
+            try:
+                hop_boxes(sample)
+            except UserError as error:
+                raise UserError(f"targets.{ordering[0]}: {error}") from None
 
     def _find_partners(self) -> dict[str, np.ndarray]:
         """Under a control with partners, by target: the place of the sample whose trace and boxes each sample gets."""
@@ -219,7 +226,8 @@ class AlignedDataset(Dataset[Item]):
         target, owner = self.targets[name], encoded.sample
         if name in self._partners:
             owner = self.samples[int(self._partners[name][index])]
-            encoded = replace(encoded, sample=replace(encoded.sample, boxes=owner.boxes))
+            # The meta comes along, since it says in which order the boxes are looked at.
+            encoded = replace(encoded, sample=replace(encoded.sample, boxes=owner.boxes, meta=owner.meta))
         if name not in self.stores:
             return target.prepare(encoded, None)
         store = self.stores[name]

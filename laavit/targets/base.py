@@ -35,6 +35,8 @@ class Target(nn.Module):
     needs_trace: bool = True
     #: whether a sample needs boxes
     needs_boxes: bool = False
+    #: whether these must say in which order they are looked at (``laavit.targets.steps.hop_boxes``)
+    needs_hops: bool = False
     #: a trace store of its own, where its traces are not the run's (traces.path)
     store: str | None = None
     #: a negative control (``laavit.targets.controls``), and what fixes its choices

@@ -116,3 +116,8 @@ class MapTarget(Target):
         divergence = DIVERGENCES[self.divergence](target, student)
         followed = target.sum(-1) > 0  # a row without a map of its own follows nothing
         return over_rows(divergence, valid & followed, self.reduction == "mean")
+
+    def compare_layers(self, output: StudentOutput, roles: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """The mean over the target's layers of ``compare`` with maps of their own, [B, 1 or R, N] each: a scalar."""
+        each = zip(self.own_layers(self.depth), targets, strict=True)
+        return torch.stack([self.compare(output, roles, target, [layer]) for layer, target in each]).mean()

@@ -13,6 +13,7 @@ from laavit.registry import TARGETS, UserError, nearest
 from laavit.structures import Encoded, Role, StudentOutput, Tile, Trace
 from laavit.targets.losses import DIVERGENCES, over_rows
 from laavit.targets.maps import MapTarget
+from laavit.targets.steps import step_of_latent
 from laavit.traces.gaze import normalise, to_distribution, top_k
 from laavit.traces.grids import resample
 
@@ -39,15 +40,6 @@ def trajectory_loss(
     """
     target = target if target.ndim == 3 else target[:, None]
     return over_rows(DIVERGENCES[divergence](target, student), valid, per_row_mean)
-
-
-def step_of_latent(steps: int, latents: int) -> Tensor:
-    """Which step of the teacher's trajectory each latent (or layer, or token) follows: long [K], floor(j * T / K).
-
-    One to one where T = K. With fewer steps than latents each is followed by a run of neighbouring latents; with more,
-    the latents follow the first of each of K runs of steps. The order of the steps is kept in any case.
-    """
-    return torch.arange(latents) * steps // latents
 
 
 @TARGETS.register_module()
@@ -163,5 +155,4 @@ class TrajectoryTarget(MapTarget):
         maps = prepared["gaze"].transpose(1, 2)  # [B, M, N]
         if self.steps != "layers":
             return self.compare(output, roles, maps)
-        each = zip(self.own_layers(self.depth), maps.split(1, 1), strict=True)
-        return torch.stack([self.compare(output, roles, gaze, [layer]) for layer, gaze in each]).mean()
+        return self.compare_layers(output, roles, maps.split(1, 1))

@@ -16,7 +16,7 @@ from laavit.recipe import Recipe
 from laavit.structures import Encoded, Role, Sample, Step, StudentOutput, Trace
 from laavit.targets import ConceptTarget, RegionTarget, Target, TrajectoryTarget
 from laavit.targets.base import stack
-from laavit.targets.trajectory import step_of_latent
+from laavit.targets.steps import step_of_latent
 
 #: of a store that holds all that any target asks for
 HEADER = {

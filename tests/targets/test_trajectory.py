@@ -16,7 +16,8 @@ from laavit.recipe import Recipe
 from laavit.registry import UserError
 from laavit.structures import Batch, Role, Sample, Span, Step, Tile, Trace
 from laavit.targets.base import stack
-from laavit.targets.trajectory import TrajectoryTarget, step_of_latent, trajectory_loss
+from laavit.targets.steps import step_of_latent
+from laavit.targets.trajectory import TrajectoryTarget, trajectory_loss
 from laavit.traces.gaze import normalise, top_k
 from laavit.traces.grids import resample
 
