@@ -174,11 +174,11 @@ def flex_has_a_gpu(parts: Parts) -> None:
 
 
 def attention_keeps_keys(parts: Parts) -> None:
-    """Latents that are fed back are read in several passes."""
+    """Latents that are fed back, and samples that share their beginning, are read in several passes."""
     attention = parts.recipe.arguments("student").get("attention")
     if attention is not None:
         try:
-            check_attention(parts.layout, attention)
+            check_attention(parts.layout, attention, parts.train.shared_prefix)
         except UserError as error:
             raise UserError(f"student.{error}") from None
 

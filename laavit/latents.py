@@ -78,11 +78,12 @@ def layout_of(card: Mapping[str, Any]) -> LatentLayout:
     return LatentLayout(**card["layout"]) if "layout" in card else LatentLayout(int(card.get("latents", 0)))
 
 
-def check_attention(layout: LatentLayout, attention: str) -> None:
-    """Raises: UserError: latents are fed back, and an attention function cannot train them."""
-    if layout.feedback and attention not in KEEPING:
+def check_attention(layout: LatentLayout, attention: str, shared: bool = False) -> None:
+    """Raises: UserError: latents are fed back, or beginnings shared, and an attention function keeps no keys."""
+    if (layout.feedback or shared) and attention not in KEEPING:
+        what = "latents that are fed back are" if layout.feedback else "samples with a shared beginning are"
         raise UserError(
-            f"attention: latents that are fed back are read in several passes, and '{attention}' keeps no keys of "
+            f"attention: {what} read in several passes, and '{attention}' keeps no keys of "
             f"earlier ones; {nearest(attention, KEEPING)}"
         )
 

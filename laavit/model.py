@@ -34,8 +34,7 @@ def image_blocks(batch: Batch) -> Tensor:
     for row, spans in zip(blocks, batch.spans, strict=True):
         for image in {span.tile.image for span in spans}:
             own = [span for span in spans if span.tile.image == image]
-            stop = max(max(span.stop, span.start + span.tile.height * span.stride) for span in own)
-            row[min(span.start - span.lead for span in own) : stop] = True
+            row[min(span.start - span.lead for span in own) : max(span.end for span in own)] = True
     return blocks.to(batch.roles.device)
 
 
@@ -129,6 +128,8 @@ class LaViT(BaseModel):
         rows = context.recorded if context is not None else {}
         # The first pass holds the images, whatever passes latents add.
         looked = seen[0] if seen else None
+        if looked is not None and batch.shared is not None:
+            looked = looked[batch.shared.owners]
         return StudentOutput(hidden, logits, batch.labels[answers], rows, positions, looked, emitted)
 
     def forward(self, batch: Batch, mode: str = "loss") -> dict[str, Tensor]:  # type: ignore[override]

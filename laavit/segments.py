@@ -27,22 +27,32 @@ class Segment:
         columns: long [B, Q], where each query stands in its sample; -1 pads: such a query sees its sample's first
             column, and nobody sees it.
         past: the passes before it, in order; () for the first, whose mask is the model's own.
+        owners: where the pass reads beginnings that samples share, long [B]: the row of ``columns`` [P, Q] that is each
+            sample's. Its keys and values are put aside once a sample.
     """
 
     columns: Tensor
     past: tuple[Segment, ...] = ()
+    owners: Tensor | None = None
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
     keys: Tensor = field(init=False, repr=False)  # long [B, C], the columns of the keys up to its end
 
     def __post_init__(self) -> None:
-        self.keys = torch.cat([*(segment.columns for segment in self.past), self.columns], 1)
+        self.keys = torch.cat([*(segment.each for segment in self.past), self.columns], 1)
+
+    @property
+    def each(self) -> Tensor:
+        """The columns as every sample of the batch has them, long [B, Q]."""
+        return self.columns if self.owners is None else self.columns[self.owners]
 
     def joined(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keep a layer's keys and values [B, H / G, Q, D]; all up to here come back, [B, H / G, C, D].
 
         Of a layer that runs again under checkpointing the first ones stay.
         """
-        self.kept.setdefault(layer, (key, value))
+        # A layer that runs again must save the same tensors, so each sample's are picked in any case.
+        each = (key, value) if self.owners is None else (key[self.owners], value[self.owners])
+        self.kept.setdefault(layer, each)
         if not self.past:
             return key, value
         before = [segment.kept[layer] for segment in self.past]
@@ -66,11 +76,15 @@ class Segment:
         return found.masked_fill((self.columns < 0)[:, None, :, None], 0.0)
 
 
-def segments(columns: Sequence[Tensor]) -> list[Segment]:
-    """The passes over parts of a batch, long [B, Q] each, in the order in which they are read."""
+def segments(columns: Sequence[Tensor], owners: Tensor | None = None) -> list[Segment]:
+    """The passes over parts of a batch, long [B, Q] each, in the order in which they are read.
+
+    Args:
+        owners: of the first part, where samples share it: see ``Segment``.
+    """
     found: list[Segment] = []
     for part in columns:
-        found.append(Segment(part, tuple(found)))
+        found.append(Segment(part, tuple(found), None if found else owners))
     return found
 
 
@@ -79,7 +93,7 @@ def places(parts: Sequence[Segment], length: int) -> Tensor:
 
     Columns that no pass reads, padding, are given place 0.
     """
-    columns = torch.cat([segment.columns for segment in parts], 1)
+    columns = torch.cat([segment.each for segment in parts], 1)
     index = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
     spare = torch.where(columns < 0, length, columns)  # pads go to a column of their own, which is cut off
     return torch.zeros(len(columns), length + 1, dtype=torch.long, device=columns.device).scatter(1, spare, index)[

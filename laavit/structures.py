@@ -93,6 +93,11 @@ class Span:
         """The position after the last token."""
         return self.start + (self.tile.height - 1) * (self.stride or self.tile.width) + self.tile.width
 
+    @property
+    def end(self) -> int:
+        """The position after all that is the image's, separators after its last row included."""
+        return max(self.stop, self.start + self.tile.height * self.stride)
+
     def positions(self) -> Tensor:
         """Every token's position, row by row: long [height * width]."""
         rows = torch.arange(self.tile.height) * (self.stride or self.tile.width)
@@ -190,6 +195,24 @@ class Encoded:
     features: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Samples that begin alike, with the same images: P distinct beginnings, each of which is read once.
+
+    Args:
+        owners: long [B], which of them each sample begins with. first: long [P], one sample of each.
+        stops: long [P], how many positions each has; all image tokens are among them, and no question.
+    """
+
+    owners: Tensor
+    first: Tensor
+    stops: Tensor
+
+    def to(self, device: torch.device) -> SharedPrefix:
+        """The same on a device."""
+        return SharedPrefix(self.owners.to(device), self.first.to(device), self.stops.to(device))
+
+
 @dataclass
 class Batch:
     """Right-padded samples; no attention mask is needed, since a causal decoder never looks ahead into the padding."""
@@ -204,6 +227,7 @@ class Batch:
     samples: list[Sample]
     features: list[Tensor] | None = None
     targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # target's name -> what it prepared, padded
+    shared: SharedPrefix | None = None  # then ``vision`` and ``features`` are those of its P beginnings
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on a device."""
@@ -211,6 +235,8 @@ class Batch:
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.to(device, non_blocking=True)
+            if isinstance(value, SharedPrefix):
+                return value.to(device)
             if isinstance(value, dict):
                 return {key: move(item) for key, item in value.items()}
             if isinstance(value, list) and value and isinstance(value[0], Tensor):

@@ -23,7 +23,7 @@ from laavit.latents import NO_LATENTS, LatentLayout, latent_tokens, layout_of
 from laavit.paths import EXPORT_CARD
 from laavit.recipe import zoo_path
 from laavit.registry import UserError
-from laavit.structures import Batch, Encoded, Role
+from laavit.structures import Batch, Encoded, Role, SharedPrefix
 
 __all__ = ["Backbone", "collate", "digest_of", "dtype_of"]
 
@@ -111,20 +111,25 @@ class Backbone:
         return SequenceBuilder(self.processor, self.family, prompt, latents)
 
     def forward(self, batch: Batch, context: AttentionContext | None = None) -> Tensor:
-        """Hidden states after the decoder's final norm: [B, S, D]; latents that are fed back are unrolled.
+        """Hidden states after the decoder's final norm: [B, S, D]; in several passes where latents are fed back, or
+        samples share their beginning.
 
         Right-padded batches need no attention mask: a causal decoder never looks ahead into the padding.
         """
-        if self.layout.feedback and bool((batch.roles == Role.LATENT).any()):
+        if batch.shared is not None or (self.layout.feedback and bool((batch.roles == Role.LATENT).any())):
             return unrolled(self, batch, context)
         return self.read(batch, context)
 
     def read(self, batch: Batch, context: AttentionContext | None = None, stop: int | None = None) -> Tensor:
-        """One pass over a batch's first ``stop`` columns, all its images among them; as ``forward``."""
-        ids, positions = batch.input_ids[:, :stop], batch.position_ids
+        """One pass over a batch's first ``stop`` columns, all its images among them; as ``forward``.
+
+        Of samples that share their beginning one each: [P, stop, D].
+        """
+        rows = slice(None) if batch.shared is None else batch.shared.first
+        ids, positions = batch.input_ids[rows, :stop], batch.position_ids
         features = None if batch.features is None else [f.to(self.device) for f in batch.features]
         inputs = self.family.inputs(batch.vision, features) | self.family.text_inputs(ids)
-        positions = positions[..., :stop] if positions is not None else None
+        positions = positions[..., rows, :stop] if positions is not None else None
         output = self.model.model(  # type: ignore[operator]
             input_ids=ids, position_ids=positions, use_cache=False, laavit=context, **inputs
         )
@@ -234,13 +239,43 @@ def digest_of(weights: nn.Module | Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def collate(items: Sequence[Encoded], family: Any, pad: int) -> Batch:
+def shared_prefix(items: Sequence[Encoded], image_token: int) -> SharedPrefix | None:
+    """Which samples begin with the same images and tokens, up to the last image's end; None where no two do.
+
+    Nor where a sample's question stands before an image, or a sample has none.
+
+    Args:
+        items: encoded samples. image_token: the id that stands where an image does, separators included.
+    """
+    known: dict[Any, int] = {}
+    owners: list[int] = []
+    first: list[int] = []
+    stops: list[int] = []
+    for place, item in enumerate(items):
+        seen = (item.input_ids == image_token).nonzero()
+        stop = max([span.end for span in item.spans] + [int(seen.max()) + 1 if len(seen) else 0])
+        if stop == 0 or bool((item.roles[:stop] == Role.QUESTION).any()):
+            return None
+        key = item.sample.images, item.input_ids[:stop].numpy().tobytes()
+        if key not in known:
+            known[key] = len(first)
+            first.append(place)
+            stops.append(stop)
+        owners.append(known[key])
+    if len(first) == len(items):
+        return None
+    return SharedPrefix(torch.tensor(owners), torch.tensor(first), torch.tensor(stops))
+
+
+def collate(items: Sequence[Encoded], family: Any, pad: int, share: bool = False) -> Batch:
     """Right-pad samples into one batch.
 
     Args:
         items: encoded samples, all with cached features or all without. family: their model family.
-        pad: padding token id.
+        pad: padding token id. share: read what samples begin with alike once (``shared_prefix``).
     """
+    shared = shared_prefix(items, family.image_token_id) if share else None
+    seen = items if shared is None else [items[place] for place in shared.first.tolist()]
     length = max(len(item.input_ids) for item in items)
 
     def padded(tensors: Sequence[Tensor], fill: int) -> Tensor:
@@ -256,8 +291,8 @@ def collate(items: Sequence[Encoded], family: Any, pad: int) -> Batch:
             positions = positions.transpose(0, 1)  # the family's [3, S] become [3, B, S]
     features = None
     if items[0].features is not None:
-        features = [item.features for item in items if item.features is not None]
-        if len(features) != len(items):
+        features = [item.features for item in seen if item.features is not None]
+        if len(features) != len(seen):
             raise ValueError("a batch mixes samples with and without cached image features")
     return Batch(
         input_ids=padded([item.input_ids for item in items], pad),
@@ -266,7 +301,8 @@ def collate(items: Sequence[Encoded], family: Any, pad: int) -> Batch:
         position_ids=positions,
         spans=[item.spans for item in items],
         headers=[item.header for item in items],
-        vision=family.batch([item.vision for item in items]),
+        vision=family.batch([item.vision for item in seen]),
         samples=[item.sample for item in items],
         features=features,
+        shared=shared,
     )

@@ -7,7 +7,8 @@ answer token, so that a gate on answer positions reaches one-word answers too (t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,6 +108,14 @@ class SequenceBuilder:
         missing = [t for t, i in zip(tokens, self.latent_ids) if i in (None, tokenizer.unk_token_id)]
         if missing:
             raise UserError(f"the tokenizer does not hold {', '.join(missing)}: add the latents to the student first")
+
+    @property
+    def key(self) -> Hashable:
+        """All that its sequences depend on beside the samples."""
+        processor = self.processor
+        parts = (self.prompt, self.layout, sorted(processor.tokenizer.get_vocab().items()), processor.chat_template)
+        images = (processor.image_processor.to_dict(), getattr(processor, "images_kwargs", {}))
+        return hashlib.sha256(repr((parts, images, type(self.family).__name__)).encode()).hexdigest()
 
     def prompt_of(self, sample: Sample, images: Sequence[Image.Image] | None = None) -> Encoded:
         """One sample as a generation prompt: everything up to what the model writes, forced latents included.

@@ -1,8 +1,13 @@
-"""Latents that are fed back (Coconut, arXiv 2412.06769; LVR, arXiv 2509.24251), unrolled: in training and to generate.
+"""Batches that are read in several passes: latents that are fed back, and beginnings that samples share.
 
-A latent's position reads no embedding: it reads the state, after the decoder's final norm, of the position before it.
-So a sequence is read in K + 2 passes: prompts, each latent (one position a sample), separator and answers. No position
-is read twice. In training the keys and values of earlier passes are kept by the attention function
+**Fed back** (Coconut, arXiv 2412.06769; LVR, arXiv 2509.24251): a latent's position reads no embedding, but the state,
+after the decoder's final norm, of the position before it. So a sequence is read in K + 2 passes: prompts, each latent
+(one position a sample), separator and answers.
+
+**Shared beginnings**: questions about the same image begin with the same tokens up to its last one. These are read
+once, by a pass of fewer rows, and what follows goes on from their keys and values.
+
+No position is read twice. In training the keys and values of earlier passes are kept by the attention function
 (laavit/segments.py), under gradient checkpointing too; to generate, in transformers' cache, from which its own
 ``generate`` goes on.
 """
@@ -32,18 +37,20 @@ BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"
 
 
 def unrolled(backbone: Backbone, batch: Batch, context: AttentionContext | None = None) -> Tensor:
-    """Hidden states [B, S, D] of samples whose latents read the state before them, by the batch's columns.
+    """Hidden states [B, S, D] of a batch that is read in several passes, by the batch's columns.
+
+    Columns that no pass reads, padding, are given the state of column 0.
 
     Args:
         context: as of one pass; paths and rows count in the batch's columns, and it receives the rows.
 
     Raises:
-        UserError: a sample has no latents, or the decoder's attention keeps no keys.
+        UserError: latents are to be fed back and a sample has none, or the decoder's attention keeps no keys.
     """
-    check_attention(backbone.layout, backbone.attention)
-    context, length = context or AttentionContext(), batch.roles.shape[1]
-    parts = _passes(batch)
-    contexts, index = _contexts(context, parts, length)
+    check_attention(backbone.layout, backbone.attention, batch.shared is not None)
+    context, length, shared = context or AttentionContext(), batch.roles.shape[1], batch.shared
+    parts, latents = _passes(batch, backbone.layout.feedback)
+    contexts, index = _contexts(context, parts, length, batch)
     decoder: Any = backbone.family.decoder(backbone.model)
     table: Any = backbone.model.get_input_embeddings()  # type: ignore[operator]
 
@@ -55,15 +62,17 @@ def unrolled(backbone: Backbone, batch: Batch, context: AttentionContext | None 
         output = decoder(inputs_embeds=embeddings, position_ids=columns, use_cache=False, laavit=contexts[number])
         return output.last_hidden_state
 
-    width = parts[0].columns.shape[1]
-    states = [backbone.read(batch, contexts[0], width)]
-    state = _chosen(states[0], (parts[0].columns >= 0).sum(1, keepdim=True) - 1)
-    words = table(batch.input_ids.gather(1, parts[-1].columns.clamp(min=0)))
-    feedback = Feedback(backbone)
-    for number in range(1, len(parts) - 1):
-        state = read(number, feedback(state).to(words.dtype))
-        states.append(state)
-    states.append(read(len(parts) - 1, words))
+    states = [backbone.read(batch, contexts[0], parts[0].columns.shape[1])]
+    if shared is not None:
+        states[0] = states[0][shared.owners]
+    feedback = Feedback(backbone) if latents else None
+    for number in range(1, len(parts)):
+        if feedback is not None and number in latents:
+            last = (parts[number - 1].each >= 0).sum(1, keepdim=True) - 1 if number == latents[0] else None
+            state = states[-1] if last is None else _chosen(states[-1], last)
+            states.append(read(number, feedback(state).to(table.weight.dtype)))
+        else:
+            states.append(read(number, table(batch.input_ids.gather(1, parts[number].columns.clamp(min=0)))))
     if context.rows is not None and index:
         shape = (context.rows.shape[1], length)
         asked, which = [parts[number] for number in index], list(index.values())
@@ -104,42 +113,66 @@ def vocabulary_rms(backbone: Backbone) -> Tensor:
     return (squares / weight[0].numel() / (len(weight) - len(ids))).sqrt() * getattr(table, "scalar_embed_scale", 1.0)
 
 
-def _passes(batch: Batch) -> list[Segment]:
-    """Prompts, each latent, separators and answers.
+def _passes(batch: Batch, feedback: bool) -> tuple[list[Segment], range]:
+    """The passes in order, and which of them read a latent that is fed back.
 
-    A shorter sample's columns past its prompt are read beside the longest prompt, and seen by nobody.
+    Shared beginnings, where there are any; what is left of the prompts; each latent; separators and answers. Where
+    nothing is fed back, all that follows a shared beginning is one pass. A shorter sample's columns past its own are
+    read beside the longest, and seen by nobody.
 
     Raises:
-        UserError: a sample has no latents.
+        UserError: latents are fed back, and a sample has none.
     """
+    shared, count, device = batch.shared, batch.roles.shape[1], batch.roles.device
+    columns = torch.arange(count, device=device).expand(len(batch.roles), -1)
+    begun = torch.zeros(len(batch.roles), 1, dtype=torch.long, device=device)
+    found = []
+    if shared is not None:
+        begun = shared.stops[shared.owners][:, None]
+        first = columns[: len(shared.stops), : int(shared.stops.max())]
+        found.append(torch.where(first < shared.stops[:, None], first, -1))
+    if not feedback:
+        used = (batch.roles != Role.OTHER).long()
+        last = (used * columns).amax(1, keepdim=True)  # what follows is padding, or markup that no loss reads
+        found.append(positions((columns >= begun) & (columns <= last)))
+        return segments(found, shared.owners if shared is not None else None), range(0)
     latents, after = (positions(batch.roles == role) for role in (Role.LATENT, Role.ANSWER))
     starts = latents[:, :1]
     if bool((starts < 0).any()):
         sample = batch.samples[int((starts[:, 0] < 0).nonzero()[0])]
         raise UserError(f"sample '{sample.id}' has no latents to feed back, and others of its batch do")
-    prompt = torch.arange(int(starts.max()), device=starts.device).expand(len(starts), -1)
-    return segments([torch.where(prompt < starts, prompt, -1), *latents.split(1, 1), after])
+    found.append(positions((columns >= begun) & (columns < starts)))
+    which = range(len(found), len(found) + latents.shape[1])
+    found += [*latents.split(1, 1), after]
+    return segments(found, shared.owners if shared is not None else None), which
 
 
 def _contexts(
-    context: AttentionContext, parts: list[Segment], length: int
+    context: AttentionContext, parts: list[Segment], length: int, batch: Batch
 ) -> tuple[list[AttentionContext], dict[int, Tensor]]:
     """The context of each pass; and, of the passes that record rows, which ones: long [B, R_i], -1 pads."""
     first = parts[0].columns
     width = first.shape[1]
+    rows_of = slice(None) if batch.shared is None else batch.shared.first
     paths = tuple(
-        replace(path, queries=path.queries[:, :width] & (first >= 0), keys=path.keys[:, :width])
+        replace(path, queries=path.queries[rows_of, :width] & (first >= 0), keys=path.keys[rows_of, :width])
         for path in context.paths
     )
     found: list[AttentionContext] = []
     index: dict[int, Tensor] = {}
     offset = 0
-    place = places(parts, length).gather(1, context.rows.clamp(min=0)) if context.rows is not None else None
+    place = None
+    if context.rows is not None:
+        place = places(parts, length).gather(1, context.rows.clamp(min=0))
+        if batch.shared is not None:  # padding would count as a row of the beginning
+            place = place.masked_fill(context.rows < 0, -1)
     for number, part in enumerate(parts):
         rows = None
         if place is not None:
             own = positions((place >= offset) & (place < offset + part.columns.shape[1]))
             if own.shape[1]:
+                if part.owners is not None:
+                    raise ValueError("rows of a beginning that samples share cannot be recorded, only what follows it")
                 rows, index[number] = (place.gather(1, own.clamp(min=0)) - offset).masked_fill(own < 0, -1), own
         found.append(context.part(part, rows, context.paths if part.past else paths))
         offset += part.columns.shape[1]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from laavit.commands.common import data_card, parse_recipe, recipe_parser
-from laavit.data.aligned import AlignedDataset, Collate, TraceSettings, select
+from laavit.data.aligned import AlignedDataset, Collate, TraceSettings, encodings, ids_of, select
 from laavit.recipe import Recipe
 from laavit.registry import UserError
+from laavit.structures import Sample
 from laavit.traces.hub import local_store
 from laavit.traces.shards import read_header
 from laavit.traces.store import TraceStore
@@ -34,6 +37,12 @@ def open_store(settings: TraceSettings, recipe: Recipe) -> TraceStore | None:
     if recipe.has("teacher"):
         store.check({"teacher": recipe.arguments("teacher").get("path")})
     return store
+
+
+def samples_key(samples: Sequence[Sample], recipe: Recipe) -> Hashable:
+    """What says which samples a run trains on, in which order."""
+    chosen = hashlib.sha256("\n".join(ids_of(samples)).encode()).hexdigest()
+    return json.dumps(data_card(recipe), sort_keys=True, default=str), chosen
 
 
 def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
@@ -65,7 +74,8 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
             )
         cache = VisionCache(Path(traces.vision_cache), student.backbone)
     builder = student.builder(recipe.build("prompt"))
-    dataset = AlignedDataset(samples, builder, model.named_targets, store, cache, traces.keep)
+    shared = encodings((samples_key(samples, recipe), builder.key, cache and cache.namespace)) if traces.keep else None
+    dataset = AlignedDataset(samples, builder, model.named_targets, store, cache, traces.keep, shared)
     for own in {id(each): each for each in dataset.stores.values() if each is not store}.values():
         check_data(own, recipe)
     card = {
@@ -79,7 +89,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     }
     trainable = f"{card['trainable_parameters']:,}"
     logger.info("%d samples, %s trainable parameters -> %s", len(samples), trainable, work_dir)
-    collate = Collate(student.backbone.family, student.backbone.tokenizer.pad_token_id)
+    collate = Collate(student.backbone.family, student.backbone.tokenizer.pad_token_id, settings.shared_prefix)
     return train(model, dataset, collate, settings, work_dir, recipe.config, card, resume)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +45,23 @@ class TraceSettings:
     select: tuple[str, ...] = ()
     vision_cache: str | None = None
     keep: bool = False
+
+
+#: encodings that runs of one process share (a sweep trains the same samples again and again), the newest few
+_ENCODED: OrderedDict[Hashable, dict[int, Encoded]] = OrderedDict()
+SETS = 3
+
+
+def encodings(key: Hashable) -> dict[int, Encoded]:
+    """What has been encoded in this process under a key, by place; the last ``SETS`` keys are remembered.
+
+    Args:
+        key: all that an encoding depends on: samples, sequence builder, image features.
+    """
+    _ENCODED[key] = _ENCODED.pop(key, {})
+    while len(_ENCODED) > SETS:
+        _ENCODED.popitem(last=False)
+    return _ENCODED[key]
 
 
 NOTHING = "there is no sample to train on: the data set is empty, or no sample passes the selected filters"
@@ -122,6 +140,7 @@ class AlignedDataset(Dataset[Item]):
         store: traces; needed when a target needs them and names no store of its own.
         cache: features of a frozen vision tower, or None.
         keep: keep encoded samples in memory (small data sets; with cached features a sample costs a few kB).
+        encoded: with ``keep``, where to keep them: what ``encodings`` gives, or None for a place of its own.
 
     Raises:
         UserError: before the first step, when a sample's trace or box is missing, the data set is too uniform for a
@@ -136,10 +155,12 @@ class AlignedDataset(Dataset[Item]):
         store: TraceStore | None = None,
         cache: VisionCache | None = None,
         keep: bool = False,
+        encoded: dict[int, Encoded] | None = None,
     ) -> None:
         self.samples, self.builder, self.targets = samples, builder, dict(targets or {})
         self.cache = cache
         self._kept: dict[int, Item] | None = {} if keep else None
+        self._encoded = encoded if keep and encoded is not None else {}
         if not len(samples):
             raise UserError(NOTHING)
         self.stores = self._open_stores(store)
@@ -207,17 +228,19 @@ class AlignedDataset(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         if self._kept is not None and index in self._kept:
             return self._kept[index]
-        sample = self.samples[index]
-        encoded = self.builder.encode(sample, sample.answer)
-        if self.cache is not None:
-            features = self.cache.features(encoded)
-            grids = {key: value for key, value in encoded.vision.items() if key != "pixel_values"}
-            encoded = replace(encoded, features=features, vision=grids)
+        encoded = self._encoded[index] if index in self._encoded else self._encode(self.samples[index])
         read: dict[tuple[int, str], Trace] = {}  # a trace that several targets need is decoded once
         item = encoded, {name: self._prepared(name, index, encoded, read) for name in self.targets}
         if self._kept is not None:
-            self._kept[index] = item
+            self._kept[index], self._encoded[index] = item, encoded
         return item
+
+    def _encode(self, sample: Sample) -> Encoded:
+        encoded = self.builder.encode(sample, sample.answer)
+        if self.cache is None:
+            return encoded
+        grids = {key: value for key, value in encoded.vision.items() if key != "pixel_values"}
+        return replace(encoded, features=self.cache.features(encoded), vision=grids)
 
     def _prepared(
         self, name: str, index: int, encoded: Encoded, read: dict[tuple[int, str], Trace]
@@ -244,13 +267,18 @@ class AlignedDataset(Dataset[Item]):
 
 @dataclass(frozen=True)
 class Collate:
-    """Items of an ``AlignedDataset`` -> ``{"batch": Batch}``, as the runner hands it to the model."""
+    """Items of an ``AlignedDataset`` -> ``{"batch": Batch}``, as the runner hands it to the model.
+
+    Args:
+        family: the student's. pad: its padding token. share: read what samples of a batch begin with alike once.
+    """
 
     family: Any
     pad: int
+    share: bool = False
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Batch]:
-        batch = collate([encoded for encoded, _ in items], self.family, self.pad)
+        batch = collate([encoded for encoded, _ in items], self.family, self.pad, self.share)
         batch.targets = {name: stack([prepared[name] for _, prepared in items]) for name in items[0][1]}
         return {"batch": batch}
 

@@ -31,6 +31,8 @@ class TrainSettings:
         accumulate: micro-batches of one step; the loss of a step is the mean over them.
         grouped: put all samples of one group into one batch, for example all questions about one image; the data set
             must have an attribute ``groups``, one hashable key a sample.
+        shared_prefix: read what the samples of a micro-batch begin with alike (system prompt and image, where
+            questions are about the same one) once, with the same gradient; ``grouped`` brings such samples together.
         lr: peak learning rate of AdamW.
         betas: AdamW's decay rates of the first and second moment.
         weight_decay: AdamW's decoupled decay of matrices; vectors (norms, biases) are never decayed.
@@ -54,6 +56,7 @@ class TrainSettings:
     batch_size: int = 16
     accumulate: int = 1
     grouped: bool = False
+    shared_prefix: bool = False
     lr: float = 5e-6
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from laavit.backbones import PromptSettings
 from laavit.backbones.vision_cache import VisionCache
-from laavit.data.aligned import AlignedDataset, Collate, Subset, ids_of, image_keys_of, select
+from laavit.data.aligned import SETS, AlignedDataset, Collate, Subset, encodings, ids_of, image_keys_of, select
 from laavit.data.visual_cot import VisualCoT
 from laavit.registry import UserError
 from laavit.structures import Role, Sample
@@ -88,6 +88,33 @@ def test_kept_items_and_cached_features(model: Any, store: TraceStore, samples: 
     one, two = (model(**collate([d[0], d[1], d[2]])) for d in (kept, plain))
     for name, value in two.items():
         torch.testing.assert_close(one[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_runs_of_one_process_encode_a_sample_once(model: Any, store: TraceStore, samples: list[Sample]) -> None:
+    """The encoding is one for all data sets of a key; what targets prepare is each data set's own."""
+    builder, shared = model.student.builder(PROMPT), encodings("a key")
+    first = AlignedDataset(samples, builder, model.named_targets, store, keep=True, encoded=shared)
+    second = AlignedDataset(samples, builder, {}, None, keep=True, encoded=encodings("a key"))
+    assert first[0][0] is second[0][0] and first[0][1].keys() == {"concept", "trajectory"} and not second[0][1]
+    other = AlignedDataset(samples, builder, {}, None, keep=True, encoded=encodings("another key"))
+    assert other[0][0] is not first[0][0] and torch.equal(other[0][0].input_ids, first[0][0].input_ids)
+    for number in range(SETS):
+        encodings(number)
+    assert encodings("a key") is not shared  # forgotten: memory does not grow with a sweep
+
+
+def test_the_key_of_encodings_is_all_they_depend_on(lab: Any, model: Any) -> None:
+    keys = {
+        model.student.builder(PROMPT).key,
+        model.student.builder(replace(PROMPT, suffix=" Briefly.")).key,
+        model.student.builder(replace(PROMPT, order="question_first")).key,
+        model.student.backbone.builder(PROMPT, 0).key,  # no latents
+    }
+    assert len(keys) == 4 and model.student.builder(PROMPT).key in keys
+    builder = lab.student(dtype="float32").builder(PROMPT)
+    before = builder.key
+    builder.processor.image_processor.max_pixels = builder.processor.image_processor.size["longest_edge"] = 4321
+    assert builder.key != before
 
 
 def test_selection_by_verdicts(store: TraceStore, samples: list[Sample]) -> None:
