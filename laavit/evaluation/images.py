@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class CachedImages:
         self._size = 0
         self._another_form = False
         self._kept: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        # by id, the image beside its digest, so that no other image gets its id
+        self._digests: dict[int, tuple[Image, str]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -42,7 +45,7 @@ class CachedImages:
         flat = _flat(images)
         if self._another_form or not (flat and all(isinstance(image, Image) for image in flat)):
             return self.inner(images, **settings)
-        keys = [_key(image, settings) for image in flat]
+        keys = [self._key(image, settings) for image in flat]
         fresh = {key: image for key, image in zip(keys, flat) if key not in self._kept}
         made: dict[str, tuple[Tensor, Tensor]] = {}
         if fresh:
@@ -61,6 +64,30 @@ class CachedImages:
         pixels, grids = zip(*parts)
         return BatchFeature({"pixel_values": torch.cat(pixels), "image_grid_thw": torch.stack(grids)})
 
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """While this is open no image changes its pixels, so that each is hashed once."""
+        outer = self._digests
+        if outer is None:
+            self._digests = {}
+        try:
+            yield
+        finally:
+            self._digests = outer
+
+    def digest(self, image: Image) -> str:
+        """What an image's pixels are known by."""
+        if self._digests is not None and id(image) in self._digests:
+            return self._digests[id(image)][1]
+        digest = hashlib.blake2b(image.tobytes(), digest_size=16)
+        digest.update(repr((image.mode, image.size)).encode())
+        if self._digests is not None:
+            self._digests[id(image)] = image, digest.hexdigest()
+        return digest.hexdigest()
+
+    def _key(self, image: Image, settings: dict[str, Any]) -> str:
+        return self.digest(image) + repr(sorted(settings.items()))
+
     def _use(self, key: str) -> tuple[Tensor, Tensor]:
         self._kept.move_to_end(key)
         return self._kept[key]
@@ -77,12 +104,6 @@ def _flat(images: Any) -> list[Any]:
     if not isinstance(images, list):
         return []
     return [image for one in images for image in (one if isinstance(one, list) else [one])]
-
-
-def _key(image: Image, settings: dict[str, Any]) -> str:
-    digest = hashlib.blake2b(image.tobytes(), digest_size=16)
-    digest.update(repr((image.mode, image.size, sorted(settings.items()))).encode())
-    return digest.hexdigest()
 
 
 def images_of(chats: Sequence[Sequence[dict[str, Any]]]) -> list[list[Any]]:
