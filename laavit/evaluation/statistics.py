@@ -119,7 +119,7 @@ class Pooled:
 
     Args:
         mean: over seeds, each with the same weight. low, high: the interval for new seeds and new questions.
-        sd: the standard deviation over seeds (n - 1); None with one seed, and for a difference.
+        sd: the standard deviation over seeds (n - 1); None with one seed, and for a difference of unpaired runs.
         seeds: how many runs; of a difference those of both arms. n: questions that all of them answered.
         p: of a difference, two-sided, from the same draws; None otherwise.
     """
@@ -174,6 +174,7 @@ def pooled_difference(
     seed: int = 0,
     strata: Sequence[Hashable] | None = None,
     clusters: Sequence[Hashable] | None = None,
+    paired: bool = False,
 ) -> Pooled:
     """The difference of two arms: the same questions are drawn for both, seeds are within each arm.
 
@@ -183,13 +184,23 @@ def pooled_difference(
 
     Args:
         first: [S1, n]. second: [S2, n], the same questions in the same order. The others: as for ``pooled``.
+        paired: run i of both began alike (seed: initialisation and order of the data), so that what a seed does to both
+            cancels: the spread that counts is that of the runs' differences.
 
     Raises:
-        ValueError: as ``pooled``, or the arms have different numbers of questions.
+        ValueError: as ``pooled``, or the arms have different numbers of questions, or of runs that are paired.
     """
     one, two = _matrix(first), _matrix(second)
     if one.shape[1] != two.shape[1]:
         raise ValueError(f"paired answers need equal lengths, got {one.shape[1]} and {two.shape[1]}")
+    if paired and len(one) != len(two):
+        raise ValueError(f"paired runs need equal numbers, got {len(one)} and {len(two)}")
+    if paired:
+        draws = _question_draws(one - two, iterations, seed, strata, clusters)
+        moved = _over_seeds(draws.resampled, draws.mean, draws.rng)
+        low, high = _ends(moved, level)
+        sd = float(draws.mean.std(ddof=1)) if len(one) > 1 else None
+        return Pooled(float(draws.mean.mean()), low, high, sd, (len(one), len(two)), one.shape[1], _two_sided(moved))
     draws = _question_draws(np.concatenate([one, two]), iterations, seed, strata, clusters)
     ours = _over_seeds(draws.resampled[:, : len(one)], draws.mean[: len(one)], draws.rng)
     theirs = _over_seeds(draws.resampled[:, len(one) :], draws.mean[len(one) :], draws.rng)
@@ -323,7 +334,7 @@ def _over_patterns(
 def _over_seeds(
     resampled: NDArray[np.float64], observed: NDArray[np.float64], rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """[iterations, S] and each seed's own mean [S] -> [iterations]: the mean over seeds, moved by what they leave open."""
+    """[iterations, S] and each seed's own mean [S] -> [iterations]: their mean, moved by what seeds leave open."""
     means, seeds = resampled.mean(axis=1), len(observed)
     if seeds == 1:
         return means

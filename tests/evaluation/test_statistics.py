@@ -208,3 +208,20 @@ def test_adjusted_p_values_by_hand_and_scipys() -> None:
         assert benjamini_hochberg(ps) == pytest.approx(stats.false_discovery_control(ps).tolist(), abs=1e-12)
         assert all(h >= b - 1e-12 for h, b in zip(holm(ps), benjamini_hochberg(ps), strict=True))
     assert holm([]) == [] and holm([0.7, 0.6]) == [1.0, 1.0]
+
+
+def test_paired_runs_let_what_a_seed_does_to_both_cancel() -> None:
+    """Seeds 0.3 apart, and a gain of about 0.1 in each: by hand, the mean and a t interval of the runs' differences."""
+    rng = np.random.default_rng(3)
+    base = [rng.random(2000) < level for level in (0.3, 0.6, 0.9)]
+    better = [one | (rng.random(2000) < 0.2) for one in base]
+    first, second = np.array(better), np.array(base)
+    gains = first.mean(1) - second.mean(1)
+    found, loose = pooled_difference(first, second, paired=True), pooled_difference(first, second)
+    assert found.mean == pytest.approx(gains.mean()) == pytest.approx(loose.mean)
+    assert found.sd == pytest.approx(gains.std(ddof=1))
+    half = 4.302653 * gains.std(ddof=1) / 3**0.5  # Student's t, 2 degrees, 97.5 %
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
+    assert loose.high - loose.low > 3 * (found.high - found.low)
+    with pytest.raises(ValueError, match="paired runs need equal numbers, got 3 and 2"):
+        pooled_difference(first, second[:2], paired=True)
