@@ -300,8 +300,11 @@ def apply_overrides(config: dict[str, Any], overrides: Mapping[str, Any]) -> dic
     return config
 
 
-def load_recipe(path: str | Path, argv: Sequence[str] = ()) -> Recipe:
-    """Read ``cfg.py`` (or a resolved ``recipe.json``), apply ``--key value`` overrides, resolve and check it.
+def load_recipe(path: str | Path, argv: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """Read ``cfg.py`` (or a resolved ``recipe.json``), apply overrides, resolve and check it.
+
+    Args:
+        argv: overrides, as ``--key value`` words or by dotted key.
 
     Raises:
         UserError: the file is missing or does not read as a recipe, or any part of it is wrong.
@@ -316,7 +319,7 @@ def load_recipe(path: str | Path, argv: Sequence[str] = ()) -> Recipe:
     raw = _plain(raw)
     if raw.get(IMPORTS) is not None:
         raw[IMPORTS] = import_custom(raw[IMPORTS], path.resolve().parent)
-    return Recipe(apply_overrides(raw, parse_overrides(argv)), path)
+    return Recipe(apply_overrides(raw, argv if isinstance(argv, Mapping) else parse_overrides(argv)), path)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,128 @@
+"""``tools/sweep.py sweep.py``: train, export and evaluate many runs, and put them into one table."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from laavit.commands.common import Parser
+from laavit.recipe import parse_overrides, zoo_path
+from laavit.registry import UserError
+from laavit.sweeps.plan import Cell, Plan, changed, check_stores, check_tasks, plan_of
+from laavit.sweeps.settings import Sweep, read_sweep
+
+logger = logging.getLogger(__name__)
+
+
+def parser() -> Parser:
+    """The command's flags; what is left of the words are overrides of the sweep's own keys."""
+    parser = Parser(
+        prog="sweep",
+        description="Run arms × grid × seeds; the same command goes on where it was stopped.",
+        epilog="Any other key of the sweep is a flag: --evaluate.limit 10 --keep all.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("sweep", help="a sweep.py or .yaml (zoo:NAME: of the model zoo), or a plan, OUT/sweep.json")
+    parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="a recipe's key, for every run")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms; the table holds all")
+    parser.add_argument("--seeds", nargs="+", default=[], type=int, metavar="SEED", help="these seeds of the sweep's")
+    parser.add_argument("--out", help="where everything goes, in place of the sweep's own")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells and what is left of them, and stop")
+    parser.add_argument("--table", action="store_true", help="write the table of what is there, and stop")
+    parser.add_argument("--max-minutes", type=float, help="start no further run after so many minutes")
+    parser.add_argument("--redo", action="store_true", help="start runs anew whose recipe has changed since")
+    parser.add_argument("--workers", type=int, help="runs at a time; default one a GPU, or one a core")
+    parser.add_argument("--threads", type=int, help="of each worker; default an equal share of the cores")
+    return parser
+
+
+def plan_from(options: Namespace, overrides: dict[str, object]) -> tuple[Plan, Sweep | None]:
+    """The plan of a sweep file; or of a plan that was written before, which knows no ``before``."""
+    file = Path(zoo_path(options.sweep))
+    if file.suffix == ".json" and file.is_file():
+        if overrides or options.override or options.out:
+            raise UserError("a plan (sweep.json) takes no overrides: its recipes are resolved; give the sweep file")
+        return Plan.read(file), None
+    more = parse_overrides([f"--{word}" for word in options.override])
+    sweep = read_sweep(file, overrides)
+    sweep.overrides.update(more)
+    out = Path(options.out or sweep.out or f"runs/sweeps/{sweep.name}")
+    return plan_of(sweep, file.parent, out), sweep
+
+
+def listed(plan: Plan, cells: Sequence[Cell]) -> str:
+    """The cells, a line each: name, what is evaluated or trained, and what is there of it."""
+    lines = []
+    for cell in cells:
+        state = "done" if plan.finished(cell) else "started" if plan.folder(cell).is_dir() else "to do"
+        what = cell.model if cell.recipe is None else f"{cell.recipe['train']['steps']} steps"
+        lines.append(
+            f"{cell.name:40} {what!s:28} latents {', '.join(cell.latents):10} {changed(plan, cell) or state}\n"
+        )
+    done = sum(plan.finished(cell) for cell in cells)
+    return "".join(lines) + f"{len(cells)} cells, {done} done -> {plan.out}\n"
+
+
+def run(plan: Plan, sweep: Sweep | None, cells: Sequence[Cell], options: Namespace) -> None:
+    """Make what has to be there, then run the cells that are not finished."""
+    from laavit.sweeps.before import prepare
+    from laavit.sweeps.cell import redo
+    from laavit.sweeps.local import default_workers, run_local, shares
+    from laavit.sweeps.status import Status
+
+    began = time.monotonic()
+    for cell in cells:
+        if options.redo:
+            redo(plan, cell)
+        elif why := changed(plan, cell):
+            raise UserError(f"'{plan.folder(cell)}' is of another sweep: {why}; --redo starts it anew")
+    todo = [cell for cell in cells if not plan.finished(cell)]
+    workers = options.workers or default_workers()
+    plan.write()
+    if sweep is not None and todo:
+        threads = len(shares(workers, options.threads)[0])
+        prepare(sweep.stages, todo, plan.out, workers, threads)
+    check_stores(plan, todo)
+    deadline = None if options.max_minutes is None else began + 60 * options.max_minutes
+    with Status(plan, todo, workers) as status:
+        run_local(plan, todo, status, workers, options.threads, deadline)
+
+
+def finish(plan: Plan, cells: Sequence[Cell]) -> int:
+    """The table, the failures, and what is left; returns the exit code."""
+    from laavit.sweeps.status import FAILURES, write_failures
+    from laavit.sweeps.table import write_table
+
+    failed = write_failures(plan)
+    table = write_table(plan)
+    left = [cell for cell in cells if not plan.finished(cell) and cell.name not in failed]
+    if table is not None:
+        logger.info("table: %s", table)
+    if left:
+        logger.info("%d of %d cells are left; the same command goes on", len(left), len(cells))
+    for name, error in failed.items():
+        logger.error("failed: %s: %s", name, error)
+    if failed:
+        logger.error("%d failed, others are as they should be: %s", len(failed), plan.out / FAILURES)
+    return 1 if failed else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command with its words; returns the exit code: 1 where a cell failed."""
+    options, words = parser().parse_known_args(list(argv))
+    if (options.workers is not None and options.workers < 1) or (options.threads is not None and options.threads < 1):
+        raise UserError("--workers and --threads: allowed: 1 or more")
+    plan, sweep = plan_from(options, parse_overrides(words))
+    cells = plan.pick(options.only, options.seeds)
+    if not options.table:
+        check_tasks(plan.evaluate)
+    if options.dry_run:
+        sys.stdout.write(listed(plan, cells))
+        return 0
+    if not options.table:
+        run(plan, sweep, cells, options)
+    return finish(plan, cells)
