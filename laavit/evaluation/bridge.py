@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from laavit.evaluation.batching import batches, prompt_lengths
-from laavit.evaluation.generation import Answerer, Chat, Settings, read_export
+from laavit.evaluation.generation import Answerer, Settings, read_export
+from laavit.evaluation.interventions import Chat, Question, Questions
 from laavit.registry import UserError
 
 __all__ = ["Laavit", "Settings", "read_export"]
@@ -83,13 +84,12 @@ class Laavit(Answerer, lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """One greedy answer a request, in the order of the requests, whatever order they were generated in."""
         answers: list[GenerationResult | None] = [None] * len(requests)
-        settings = [self._settings(request.args[2]) for request in requests]
-        lengths = prompt_lengths(requests, self.task_dict, self.processor)
         with self._progress(len(requests)) as advance:
-            for indices, shared in batches(settings, lengths, self.batch_size):
+            for indices, shared in self._batches(requests):
                 started = time.perf_counter()
-                chats = [self._chat(requests[i]) for i in indices]
-                for i, (answer, written) in zip(indices, self.answer_and_count(chats, shared)):
+                questions = [self._question(requests[i]) for i in indices]
+                chats = [question.chat for question in questions]
+                for i, (answer, written) in zip(indices, self.answer_and_count(chats, shared, questions)):
                     answers[i] = answer
                     if self.layout.emitted:
                         self.written[requests[i].task_name, requests[i].doc_id] = written
@@ -97,7 +97,7 @@ class Laavit(Answerer, lmms):
                 self.seconds.update({(requests[i].task_name, requests[i].doc_id): share for i in indices})
                 advance(len(indices))
         without = sum(count == 0 for count in self.written.values())
-        if without and self.latents == "on":
+        if without and not self.silenced:
             logger.warning("%d of %d answers came without latents, which this model is to write", without, len(answers))
         return [answer for answer in answers if answer is not None]
 
@@ -116,13 +116,28 @@ class Laavit(Answerer, lmms):
 
     # -- the pieces
 
-    def _chat(self, request: Instance) -> Chat:
+    def questions(self, requests: Sequence[Instance]) -> Iterator[list[Question]]:
+        """The questions of requests, in the batches in which they are answered."""
+        for indices, _ in self._batches(requests):
+            yield [self._question(requests[i]) for i in indices]
+
+    def _batches(self, requests: Sequence[Instance]) -> Iterator[tuple[list[int], Settings]]:
+        settings = [self._settings(request.args[2]) for request in requests]
+        return batches(settings, prompt_lengths(requests, self.task_dict, self.processor), self.batch_size)
+
+    def _question(self, request: Instance) -> Question:
         _, doc_to_messages, _, doc_id, task, split = request.args
-        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
-        _, videos, audios = messages.extract_media()
-        if videos or audios:
-            raise UserError(f"task '{task}' shows video or audio; the model laavit reads images")
-        return messages.to_hf_messages()
+        documents = self.task_dict[task][split]
+
+        def make(number: int) -> tuple[Mapping[str, Any], Chat]:
+            document = documents[number]
+            messages = ChatMessages(messages=doc_to_messages(document))
+            _, videos, audios = messages.extract_media()
+            if videos or audios:
+                raise UserError(f"task '{task}' shows video or audio; the model laavit reads images")
+            return document, messages.to_hf_messages()
+
+        return Questions(request.task_name, documents, make)[doc_id]
 
     def _settings(self, given: Mapping[str, Any]) -> Settings:
         if given.get("do_sample") or int(given.get("num_beams") or 1) > 1:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,19 @@ from laavit.backbones.unrolling import fed_back
 from laavit.custom import import_custom
 from laavit.evaluation.features import GRID, PATCHES, CachedFeatures
 from laavit.evaluation.images import CachedImages, images_of
-from laavit.evaluation.interventions import latent_ids
+from laavit.evaluation.interventions import Chat, Intervention, MaskLatents, Question, Questions, latent_ids
+from laavit.evaluation.interventions.base import intervention_of
+from laavit.evaluation.interventions.observing import Observer, watching
+from laavit.evaluation.interventions.states import Reading
 from laavit.files import read_object
 from laavit.latents import SEPARATOR, LatentLayout, latent_tokens, layout_of
 from laavit.paths import EXPORT_CARD
-from laavit.recipe import build_part, cards
-from laavit.registry import FAMILIES, INTERVENTIONS, UserError, nearest
+from laavit.registry import FAMILIES, UserError, nearest
 
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SWITCH = ("on", "off")
-
-Chat = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ class Answerer:
         self._warn_of_other_prompts()
         self.layout, self.latents = layout_of(self.export), str(latents)
         self.count = _in_prompt(self.latents, self.layout, pretrained)
-        self.intervention = _intervention(self.latents, self.layout, intervention, imports)
+        self.intervention = _intervention(self.latents, intervention, imports)
+        #: what is noted of every question, and readings that interventions need not make again
+        self.observer: Observer | None = None
+        self.readings: Mapping[tuple[str, int], Reading] = {}
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         self.model, self.processor = _load(str(pretrained), dtype, attention, limits)
         self.model.to(self.device).eval()
@@ -127,12 +131,20 @@ class Answerer:
         return [answer for answer, _ in self.answer_and_count(chats, settings)]
 
     @torch.inference_mode()
-    def answer_and_count(self, chats: Sequence[Chat], settings: Settings) -> list[tuple[GenerationResult, int]]:
-        """The answers, and how many latents the model wrote for each (0 where its prompt holds them)."""
-        with self.images.unchanging():
-            inputs = self._prepared(chats)
-        markup, results = self.markup, []
-        output = self.generate(inputs, settings.max_new_tokens)
+    def answer_and_count(
+        self, chats: Sequence[Chat], settings: Settings, questions: Sequence[Question] | None = None
+    ) -> list[tuple[GenerationResult, int]]:
+        """The answers, and how many latents the model wrote for each (0 where its prompt holds them).
+
+        Args:
+            questions: which ones of a task the chats are, for interventions that need to know.
+        """
+        questions = questions or Questions.of(chats)
+        if self.intervention is not None:
+            chats = self.intervention.chats(questions)
+        inputs, markup, results = self.prepared(chats), self.markup, []
+        with watching(self, questions, inputs) as more:
+            output = self.generate(inputs, settings.max_new_tokens, **more)
         for tokens, prompt in zip(output.tolist(), inputs["attention_mask"].sum(1).tolist()):
             length = next((i for i, token in enumerate(tokens) if token in self._stops), len(tokens))
             latents = [token for token in tokens[:length] if token in markup]
@@ -152,7 +164,7 @@ class Answerer:
         if self.backbone is not None:
             inputs = fed_back(self.backbone, inputs)
         room = self.layout.written
-        if self.markup and self.latents == "off":
+        if self.silenced:
             arguments, room = arguments | {"suppress_tokens": sorted(self.markup)}, 0
         output: Tensor = self.model.generate(
             **inputs, **arguments, max_new_tokens=max_new_tokens + room, do_sample=False, num_beams=1,
@@ -164,6 +176,33 @@ class Answerer:
     def markup(self) -> set[int]:
         """Ids of latents and separator, where the model writes them itself."""
         return {*self.latent_ids, self.tokenizer.convert_tokens_to_ids(SEPARATOR)} if self.layout.emitted else set()
+
+    @property
+    def silenced(self) -> bool:
+        """Whether a model that writes its latents itself is kept from it: they cannot be masked in its prompt."""
+        return self.layout.emitted and isinstance(self.intervention, MaskLatents)
+
+    @property
+    def most_latents(self) -> int:
+        """How many latents a question has, at most."""
+        return self.count or self.layout.most
+
+    @property
+    def decoder(self) -> Any:
+        """The text decoder. Raises: UserError: laavit does not know the family."""
+        return family_of(self.model.config, self.processor).decoder(self.model)
+
+    @contextmanager
+    def altered(
+        self, part: Intervention | None, observer: Observer | None, readings: Mapping[tuple[str, int], Reading]
+    ) -> Iterator[None]:
+        """Answers are given under an intervention, and looked at, while this is open."""
+        kept = self.intervention, self.observer, self.readings
+        self.intervention, self.observer, self.readings = part, observer, readings
+        try:
+            yield
+        finally:
+            self.intervention, self.observer, self.readings = kept
 
     def encode(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
         """What ``generate`` is given for these chats, on the device; latents masked where that was asked for."""
@@ -187,10 +226,16 @@ class Answerer:
         return dict(inputs.to(self.device))
 
     def _changed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.intervention(self.model, inputs, self.latent_ids) if self.intervention is not None else inputs
+        if self.intervention is None or self.silenced:
+            return inputs
+        return self.intervention(self.model, inputs, self.latent_ids)
+
+    def prepared(self, chats: Sequence[Chat]) -> dict[str, Any]:
+        """As ``encode``, with kept features in place of pixels that no intervention has changed."""
+        with self.images.unchanging():
+            return self._prepared(chats)
 
     def _prepared(self, chats: Sequence[Chat]) -> dict[str, Any]:
-        """As ``encode``, with kept features in place of pixels that no intervention has changed."""
         plain = self._encoded(chats)
         if self.features is None or "pixel_values" not in plain:
             return self._changed(plain)
@@ -262,9 +307,9 @@ def _in_prompt(latents: str, layout: LatentLayout, pretrained: str) -> int:
 
 
 def _intervention(
-    latents: str, layout: LatentLayout, given: str | Mapping[str, Any] | None, imports: str | Sequence[str]
-) -> Any | None:
-    """What is done to the inputs; None leaves them as they are.
+    latents: str, given: str | Mapping[str, Any] | None, imports: str | Sequence[str]
+) -> Intervention | None:
+    """What is changed; None leaves all as it is.
 
     Raises:
         UserError: no such intervention, arguments it does not take, or two at once.
@@ -272,14 +317,9 @@ def _intervention(
     import_custom(imports, Path(), "imports")
     if latents == "off" and given is not None:
         raise UserError("latents=off is an intervention itself (latents_off), and another one was given: give one")
-    if given is None:  # emitted latents are no part of what the model is given
-        masked = latents == "off" and not layout.emitted
-        return build_part("intervention", "interventions", "latents_off") if masked else None
-    spec = {"name": given} if isinstance(given, str) else dict(given)
-    name = str(spec.get("name"))
-    if name not in cards("interventions") and INTERVENTIONS.get(name) is not None:
-        spec["type"] = spec.pop("name")
-    return build_part("intervention", "interventions", spec)
+    if given is None:
+        return intervention_of("latents_off") if latents == "off" else None
+    return intervention_of(given)
 
 
 def _device(asked: str | None) -> torch.device:

@@ -1,37 +1,36 @@
-"""Interventions on what a model is given at inference: does the answer depend on this part at all?
-
-An intervention takes the inputs that ``generate`` is given and returns them changed; registered in ``INTERVENTIONS``.
-"""
+"""Latents masked: "w/o latent tokens" of LaViT's Table 3."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from laavit.evaluation.interventions.base import Intervention
 from laavit.registry import INTERVENTIONS, UserError
 
-
-def latent_ids(tokenizer: Any) -> list[int]:
-    """The ids of ``<|latent_1|>``, ``<|latent_2|>``, …, as far as the tokenizer knows them; [] for a stock model."""
-    vocabulary = tokenizer.get_vocab()
-    ids: list[int] = []
-    while (token := f"<|latent_{len(ids) + 1}|>") in vocabulary:
-        ids.append(vocabulary[token])
-    return ids
+if TYPE_CHECKING:
+    from laavit.evaluation.generation import Answerer
 
 
 @INTERVENTIONS.register_module()
-class MaskLatents:
+class MaskLatents(Intervention):
     """Cuts the latents out of attention, everything else where it was: "w/o latent tokens" of LaViT's Table 3.
 
     Positions are those of the unmasked prompt: left to itself ``generate`` counts positions along the attention mask
     (Qwen2.5-VL's ``get_rope_index`` drops masked tokens altogether), which would move the separator and the answer K
     steps towards the image. The hook asked here is the one ``generate`` itself asks, so any family is served; given
     ``position_ids``, ``generate`` goes on from their last column.
+
+    A model that writes its latents itself is kept from writing them; that is the bridge's part.
     """
+
+    on = "latents"
+
+    def lacks(self, model: Answerer, columns: Mapping[str, Sequence[str]]) -> str | None:
+        return None if model.layout.most else "the model has no latents"
 
     def __call__(self, model: Any, inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
         """The inputs of the ablated prompt.
