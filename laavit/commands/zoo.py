@@ -27,6 +27,7 @@ FOLDERS = {
     "baselines": "Rivals, with the same parts",
     "controls": "Controls",
     "microlab": "The micro-lab",
+    "microlab/hops": "The micro-lab: when do latents pay?",
 }
 HEADINGS = ("recipe", "what", "base", "its lines", "student", "latents", "gate", "targets", "results")
 BEGIN, END = "<!-- laavit zoo: begin -->", "<!-- laavit zoo: end -->"
@@ -110,7 +111,7 @@ def row_of(path: Path, raw: Mapping[str, Any], zoo: Path) -> Row:
 def table(zoo: Path) -> str:
     """The zoo as Markdown: a table a folder, then what is evaluated without any training."""
     read = track(list(recipes(zoo).items()), "recipes", console=Console(stderr=True), transient=True)
-    rows = [(path.parent.name, row_of(path, raw, zoo)) for path, raw in read]
+    rows = [(path.parent.relative_to(zoo).as_posix(), row_of(path, raw, zoo)) for path, raw in read]
     parts = []
     for folder, title in FOLDERS.items():
         own = [row.cells() for name, row in rows if name == folder]

@@ -2,7 +2,8 @@
 
     python -m laavit.microlab.pretrain model_zoo/microlab/teacher.py --out model_zoo/microlab/teacher
 
-The vision tower first (dense labels), then frozen; then the decoder on questions of all kinds. With ``grounding`` the
+The vision tower first (dense labels, or another tiny model's tower as it is), then frozen; then the decoder on
+questions of all kinds. With ``grounding`` the
 teacher's gaze is taught where the boxes are: KL(boxes || row) on the rows of the assistant's header and the answer,
 averaged over heads and the named layers. A model trained on answers alone looks at the right place a quarter of the
 time, and there is then little to distil; the shipped teacher's gaze is therefore a premise, not a finding.
@@ -25,29 +26,39 @@ from mmengine.config import Config
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText
 
 from laavit.attention import IMPLEMENTATION, AttentionContext
 from laavit.microlab.dataset import SPLIT_SEEDS
 from laavit.microlab.packing import IGNORED, Packed, Packer, Part
-from laavit.microlab.questions import QUESTION_KINDS
+from laavit.microlab.questions import HOP_KINDS, QUESTION_KINDS, has_hops
 from laavit.microlab.scenes import make_scene
 from laavit.microlab.shipping import ship
 from laavit.microlab.tiny import Sizes, build_model, build_processor, build_tokenizer
 from laavit.microlab.vision import cache_features, warm_start
+from laavit.recipe import zoo_path
 from laavit.registry import UserError, nearest
 
 # By name, since the module is also run as a script.
 logger = logging.getLogger("laavit.microlab.pretrain")
 
+#: tokens of a packed question, its answer included; those of several hops are longer
+SLOT, LONG_SLOT = 16, 24
+
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """The tower's warm start: optimizer steps, scenes a step, peak learning rate, seed of the scenes."""
+    """The tower's warm start: optimizer steps, scenes a step, peak learning rate, seed of the scenes.
+
+    Args:
+        path: a tiny model's folder whose tower is taken as it is, and nothing is trained.
+    """
 
     steps: int = 500
     batch_size: int = 32
     lr: float = 2e-3
     scene_seed: int = 1
+    path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,26 +84,47 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class PretrainRecipe:
-    """What a recipe under model_zoo/microlab/ says; ``validation`` scenes are the first of the validation split."""
+    """What a recipe under model_zoo/microlab/ says.
+
+    Args:
+        validation: how many scenes, the first of the validation split. kinds: of the questions; None for the usual six.
+    """
 
     name: str
     seed: int = 0
     system: str = ""
     validation: int = 150
+    kinds: tuple[str, ...] | None = None
     sizes: Sizes = field(default_factory=Sizes)
     vision: VisionSettings = field(default_factory=VisionSettings)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
 
+    def __post_init__(self) -> None:
+        known = [*QUESTION_KINDS, *HOP_KINDS]
+        for kind in self.kinds or ():
+            if kind not in known:
+                raise UserError(f"kinds: no kind of question is called '{kind}'; {nearest(kind, known)}")
 
-def load_pretrain_recipe(path: str | Path, seed: int | None = None) -> PretrainRecipe:
+    def plain(self) -> dict[str, Any]:
+        """As plain data, without what is left open (None)."""
+        return asdict(self, dict_factory=lambda items: {key: value for key, value in items if value is not None})
+
+
+def load_pretrain_recipe(path: str | Path, seed: int | None = None, tower: str | None = None) -> PretrainRecipe:
     """Read a recipe (plain data) and check its keys.
+
+    Args:
+        seed, tower: in place of the recipe's ``seed`` and ``vision.path``.
 
     Raises:
         UserError: no such file, or a key that is not known.
     """
-    if not Path(path).is_file():
+    file = Path(zoo_path(str(path)))
+    if not file.is_file():
         raise UserError(f"the recipe '{path}' does not exist")
-    plain = Config.fromfile(str(path)).to_dict()
+    plain = Config.fromfile(str(file)).to_dict()
+    if tower is not None:
+        plain["vision"] = {**plain.get("vision", {}), "path": tower}
     sections = {"sizes": Sizes, "vision": VisionSettings, "answers": AnswerSettings}
     built: dict[str, Any] = {}
     for key, value in plain.items():
@@ -182,6 +214,24 @@ def train_answers(
             check(step + 1, loss.item())
 
 
+def take_tower(model: Any, path: str) -> None:
+    """Give a model the vision tower of another one, weights bit for bit.
+
+    Raises:
+        UserError: there is no such folder, or its tower is of another shape.
+    """
+    folder = Path(zoo_path(path))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"vision.path: '{path}' holds no model")
+    other = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    try:
+        model.model.visual.load_state_dict(other.model.visual.state_dict())
+    except RuntimeError as error:
+        raise UserError(
+            f"vision.path: the tower of '{path}' does not fit these sizes: {str(error).splitlines()[1].strip()}"
+        ) from None
+
+
 def pretrain(recipe: PretrainRecipe) -> tuple[Any, Any, dict[str, Any]]:
     """Build and train a model: -> (model, processor, figures)."""
     started = time.monotonic()
@@ -190,12 +240,18 @@ def pretrain(recipe: PretrainRecipe) -> tuple[Any, Any, dict[str, Any]]:
     processor = build_processor(tokenizer)
     model = build_model(recipe.sizes, tokenizer, recipe.seed)
     model.set_attn_implementation({"text_config": IMPLEMENTATION, "vision_config": "sdpa"})
-    tower = warm_start(model, processor, **asdict(recipe.vision))
+    tower: dict[str, float] = {}
+    if recipe.vision.path is not None:
+        take_tower(model, recipe.vision.path)
+    else:
+        warming = {key: value for key, value in asdict(recipe.vision).items() if key != "path"}
+        tower = warm_start(model, processor, **warming)
     model.eval()
-    settings = recipe.answers
-    scenes = [make_scene(settings.scene_seed, index) for index in range(settings.scenes)]
-    held_out = [make_scene(SPLIT_SEEDS["val"], index) for index in range(recipe.validation)]
-    packer = Packer(processor, list(QUESTION_KINDS), system=recipe.system)
+    settings, kinds = recipe.answers, list(recipe.kinds or QUESTION_KINDS)
+    hops = has_hops(kinds)
+    scenes = [make_scene(settings.scene_seed, index, hops) for index in range(settings.scenes)]
+    held_out = [make_scene(SPLIT_SEEDS["val"], index, hops) for index in range(recipe.validation)]
+    packer = Packer(processor, kinds, LONG_SLOT if hops else SLOT, recipe.system)
     features, checked = (cache_features(model, processor, some) for some in (scenes, held_out))
     packed, questions = packer.pack(scenes), packer.pack(held_out)
     history = []
@@ -224,15 +280,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="model_zoo/microlab/teacher.py or student.py")
     parser.add_argument("--out", required=True, help="the Hugging Face folder to write (replaced)")
     parser.add_argument("--seed", type=int, help="of the weights and of the data's order, instead of the recipe's")
+    parser.add_argument(
+        "--tower",
+        metavar="FOLDER",
+        help="take this tiny model's vision tower as it is, for example zoo:microlab/student",
+    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("laavit").setLevel(logging.INFO)
     try:
-        recipe = load_pretrain_recipe(arguments.recipe, arguments.seed)
+        recipe = load_pretrain_recipe(arguments.recipe, arguments.seed, arguments.tower)
         torch.set_num_threads(arguments.threads)
         model, processor, figures = pretrain(recipe)
-        ship(Path(arguments.out), model, processor, asdict(recipe), figures)
+        ship(Path(arguments.out), model, processor, recipe.plain(), figures)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from laavit.microlab.questions import HOP_KINDS
 from laavit.microlab.scenes import COLOURS, COUNTS, FORMS, IMAGE_SIZE
 
 HASHES = "hashes.json"
@@ -21,6 +22,7 @@ OPTIONS = {
     "depth": 2,
     "reflectance": 2,
     "count": len(COUNTS),
+    **{kind: len(COLOURS) if kind.endswith("colour") else len(FORMS) for kind in HOP_KINDS},
 }
 
 
@@ -76,8 +78,7 @@ Apache-2.0.
 Made by `python -m laavit.microlab.pretrain model_zoo/microlab/{recipe["name"]}.py --out DIR` with seed
 {recipe["seed"]}, in {figures["seconds"]} s on {figures["threads"]} CPU thread(s) of a busy machine:
 
-1. a warm start of the vision tower with a label for every image token ({vision["steps"]} steps of
-   {vision["batch_size"]} scenes); the tower is frozen afterwards;
+1. {_tower(vision)}
 2. {answers["steps"]} steps of {answers["batch_size"]} scenes with one question of each kind, out of {answers["scenes"]}
    scenes that no split contains.
 
@@ -108,3 +109,11 @@ def _gaze(answers: dict[str, Any]) -> str:
 KL(boxes || attention over the image tokens) on the rows of the assistant's header and the answer, averaged over the
 layers {layers}. That it looks at the right place is put in, not found; what the experiment shows is what a student
 gains from such a gaze."""
+
+
+def _tower(vision: dict[str, Any]) -> str:
+    """What the card says about where the vision tower comes from."""
+    if "path" in vision:
+        return f"the vision tower of `{vision['path']}` as it is, frozen;"
+    return f"""a warm start of the vision tower with a label for every image token ({vision["steps"]} steps of
+   {vision["batch_size"]} scenes); the tower is frozen afterwards;"""

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from laavit.microlab.packing import Packer
 from laavit.microlab.pretrain import (
@@ -14,6 +17,7 @@ from laavit.microlab.pretrain import (
     grounding_loss,
     load_pretrain_recipe,
     main,
+    take_tower,
     train_answers,
 )
 from laavit.microlab.questions import QUESTION_KINDS
@@ -100,6 +104,7 @@ def test_the_command_writes_a_complete_folder_that_a_second_run_repeats(tmp_path
         ("answers = dict(step=3)", "answers: there is no 'step'.*did you mean 'steps'"),
         ("vison = dict(steps=3)", "recipe: there is no 'vison'.*did you mean 'vision'"),
         ("sizes = dict(text_widht=3)", "sizes: there is no 'text_widht'"),
+        ("kinds = ('color',)", "kinds: no kind of question is called 'color'.*did you mean 'colour'"),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -115,6 +120,43 @@ def test_a_missing_recipe_or_name_is_one_line(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "empty.py").write_text("seed = 1\n")
     with pytest.raises(UserError, match=r"recipe: .*name"):
         load_pretrain_recipe(tmp_path / "empty.py")
+
+
+def test_a_tower_is_taken_bit_for_bit_and_hops_are_asked(tmp_path: Path) -> None:
+    one, recipe = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_text(RECIPE)
+    recipe.write_text(
+        RECIPE.replace("text_layers=2", "text_layers=1") + 'kinds = ("one_hop_colour", "three_hop_shape")\n'
+    )
+    assert main([str(one), "--out", str(tmp_path / "one")]) == 0
+    words = ["--seed", "7", "--tower", str(tmp_path / "one")]
+    assert main([str(recipe), "--out", str(tmp_path / "two"), *words]) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    tower = {name for name in first if "visual" in name}
+    assert tower and all(torch.equal(first[name], second[name]) for name in tower)
+    words = [next(value for name, value in each.items() if "embed_tokens" in name) for each in (first, second)]
+    assert not torch.equal(*words)
+    report = json.loads((tmp_path / "two/training.json").read_text())
+    assert report["recipe"]["vision"]["path"] == str(tmp_path / "one") and report["figures"]["vision"] == {}
+    assert set(report["figures"]["validation"]["accuracy"]) == set(report["recipe"]["kinds"])
+    card = (tmp_path / "two/card.md").read_text()
+    assert f"the vision tower of `{tmp_path / 'one'}` as it is" in card
+    assert re.search(r"\| one_hop_colour \| [\d.]+ \| 0\.167 \|", card)
+
+
+def test_a_tower_that_does_not_fit_is_named(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vision\.path: 'nowhere' holds no model"):
+        take_tower(model, "nowhere")
+    with pytest.raises(UserError, match=r"the tower of .zoo:microlab/student. does not fit these sizes: "):
+        take_tower(model, "zoo:microlab/student")
+
+
+@pytest.mark.parametrize("depth", [3, 6, 9])
+def test_the_hops_students_differ_by_depth_alone(depth: int) -> None:
+    recipe = load_pretrain_recipe(project_data("model_zoo") / f"microlab/hops/student_{depth}.py")
+    other = load_pretrain_recipe(project_data("model_zoo") / "microlab/hops/student_3.py")
+    assert recipe.sizes.text_layers == depth and recipe.vision.path == "zoo:microlab/student"
+    assert replace(recipe, name="", sizes=other.sizes) == replace(other, name="")
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])

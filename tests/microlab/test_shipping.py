@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ def test_files_recipe_and_card_belong_together(name: str) -> None:
     folder = ZOO / name
     assert verify(folder) == []
     report = json.loads((folder / "training.json").read_text())
-    assert json.loads(json.dumps(asdict(load_pretrain_recipe(ZOO / f"{name}.py")))) == report["recipe"]
+    assert json.loads(json.dumps(load_pretrain_recipe(ZOO / f"{name}.py").plain())) == report["recipe"]
     assert (folder / CARD).read_text() == card(report["recipe"], report["figures"])
     assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000_000
 
