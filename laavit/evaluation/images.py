@@ -88,6 +88,11 @@ class CachedImages:
     def _key(self, image: Image, settings: dict[str, Any]) -> str:
         return self.digest(image) + repr(sorted(settings.items()))
 
+    def clear(self) -> None:
+        """Let all prepared images go."""
+        self._kept.clear()
+        self._size = 0
+
     def _use(self, key: str) -> tuple[Tensor, Tensor]:
         self._kept.move_to_end(key)
         return self._kept[key]
