@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         "--latents", type=latents_word, default="on", help="on, off (masked; emitted ones forbidden), or how many"
     )
     parser.add_argument("--intervention", help="changes what the model is given: a name (laavit list) or a class")
+    parser.add_argument("--interventions", nargs="+", default=[], help="done as well: 'standard', or names")
+    parser.add_argument("--intervention-limit", type=int, help="at most so many questions a task for --interventions")
     parser.add_argument("--import", dest="imports", nargs="*", default=[], help=".py files or modules of your own")
     parser.add_argument("--limit", type=int, help="at most so many questions a task")
     parser.add_argument("--dtype", default="auto")
@@ -81,6 +83,7 @@ def main(argv: Sequence[str]) -> int:
         folder, tasks, options.out or results / name, options.batch_size, options.latents, options.limit,
         options.include_path, options.data_root, options.device, options.dtype, intervention=intervention,
         imports=options.imports,
+        interventions=options.interventions, intervention_limit=options.intervention_limit,
     )  # fmt: skip
     for task, entry in (summary or {}).get("tasks", {}).items():
         logger.info("%s: %.3f [%.3f, %.3f], n = %d", task, entry["accuracy"], entry["low"], entry["high"], entry["n"])

@@ -11,12 +11,15 @@ import argparse
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from laavit.custom import import_custom
 from laavit.evaluation.bridge import Laavit
+from laavit.evaluation.interventions.suite import Suite
 from laavit.evaluation.lmms import Task, TaskManager, quiet_lmms_eval, simple_evaluate
 from laavit.evaluation.records import make_records, summarise, weights_sha256, write_records
 from laavit.evaluation.tasks import load_tasks, task_manager
@@ -39,6 +42,8 @@ def evaluate(
     dtype: str = "auto",
     system: str | None = None,
     intervention: str | Mapping[str, Any] | None = None,
+    interventions: Sequence[str] = (),
+    intervention_limit: int | None = None,
     **model_arguments: Any,
 ) -> dict[str, Any] | None:
     """Ask the model every question of the tasks and store the records and their summary under ``out``.
@@ -50,6 +55,9 @@ def evaluate(
         batch_size, device, dtype, system, intervention, model_arguments: see ``laavit.evaluation.bridge.Laavit``.
         latents: 'on', 'off', or how many stand in the prompt; see ``Laavit``.
         limit: at most so many questions a task, from the first; None asks all.
+        interventions: names of interventions, or of sets of them ('standard'), that are done one after another with
+            the same model and tasks, beside the evaluation (docs/interventions.md).
+        intervention_limit: at most so many questions a task for these.
         include_path: more folders of lmms-eval YAML.
         data_root: a folder of local copies of the data sets, so that nothing is fetched. A task's data are looked
             for in ``<data_root>/<task>``, then under its data set's own name (``<data_root>/BLINK`` or
@@ -63,6 +71,8 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} was given; allowed: whole numbers from 1, or none for all questions")
+    import_custom(model_arguments.get("imports", ()), Path(), "imports")  # which may register interventions
+    suite = Suite.of(interventions, limit, intervention_limit) if interventions else None
     started = time.perf_counter()
     console = Console(stderr=True)
     with quiet_lmms_eval():
@@ -78,8 +88,13 @@ def evaluate(
             **model_arguments,
         )
         model.console = console  # its bar is the one thing shown
+        if suite is not None:
+            suite.ready(model, task_objects)
         results = _answers(model, task_objects, task_manager(include_path), limit)
+    ask = partial(_asked, model, task_objects, task_manager(include_path))
     if results is None:
+        if suite is not None:
+            suite.run(model, task_objects, None, ask, Path(out))
         return None
     records = _records(results, model)
     summary = {
@@ -98,6 +113,8 @@ def evaluate(
     write_records(Path(out) / "records.jsonl", records)
     write_json(Path(out) / "summary.json", summary)
     logger.info("%d answers in %.1f s -> %s", len(records), summary["seconds"], out)
+    if suite is not None:
+        suite.run(model, task_objects, records, ask, Path(out))
     return summary
 
 
@@ -118,6 +135,21 @@ def _answers(model: Laavit, tasks: list[Task], manager: TaskManager, limit: int 
         # the command line's default: answers are judged without decoding the images a second time
         cli_args=argparse.Namespace(process_with_media=False),
     )
+
+
+def _asked(
+    model: Laavit, tasks: list[Task], manager: TaskManager, limit: int | None
+) -> list[tuple[tuple[str, int], dict[str, Any]]] | None:
+    """The questions asked again, as the model is now: (task, document's number) and record; None on other ranks."""
+    model.written.clear()
+    model.journal = None  # it holds the answers of the evaluation itself
+    with quiet_lmms_eval():
+        results = _answers(model, tasks, manager, limit)
+    if results is None:
+        return None
+    samples = results["samples"].items()
+    keys = [(task, number) for task, found in samples for number in sorted(sample["doc_id"] for sample in found)]
+    return list(zip(keys, _records(results, model), strict=True))
 
 
 def _records(results: dict[str, Any], model: Laavit) -> list[dict[str, Any]]:
