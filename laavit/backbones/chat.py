@@ -113,7 +113,8 @@ class SequenceBuilder:
     def key(self) -> Hashable:
         """All that its sequences depend on beside the samples."""
         processor = self.processor
-        parts = (self.prompt, self.layout, sorted(processor.tokenizer.get_vocab().items()), processor.chat_template)
+        layout = (self.layout.most, self.layout.least, self.layout.emitted, self.layout.seed)
+        parts = (self.prompt, layout, sorted(processor.tokenizer.get_vocab().items()), processor.chat_template)
         images = (processor.image_processor.to_dict(), getattr(processor, "images_kwargs", {}))
         return hashlib.sha256(repr((parts, images, type(self.family).__name__)).encode()).hexdigest()
 
