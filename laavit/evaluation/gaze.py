@@ -13,15 +13,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from rich.progress import track
 
+from laavit.backbones.rows import check_kinds
 from laavit.evaluation.bridge import read_export
 from laavit.files import write_json, write_text
 from laavit.images import open_image
-from laavit.latents import layout_of
+from laavit.latents import LatentLayout, layout_of
 from laavit.recipe import zoo_path
 from laavit.registry import UserError
 from laavit.structures import Sample, Trace
@@ -30,6 +32,10 @@ from laavit.traces.gaze import cv, entropy, salient_regions
 from laavit.traces.grids import image_map, in_box_mass, sample_mask
 
 logger = logging.getLogger(__name__)
+
+#: the figures of a map (``measures``)
+MEASURES = ("entropy", "entropy_share", "salient", "salient_share", "cv", "in_box")
+NO_LOADING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -66,27 +72,101 @@ class Looker:
         return cls(name, folder, tuple(more[0].split("+")) if more and more[0] else cls.rows, layers)
 
 
-def look(looker: Looker, samples: Sequence[Sample], batch_size: int = 32) -> list[Trace]:
-    """Traces of the looker's rows on every sample, the gold answers given."""
+def settings_of(looker: Looker, **chosen: Any) -> ExtractSettings:
+    """How a looker is read, as its export's card says: ``chosen`` are further settings of an extraction."""
     card = read_export(zoo_path(looker.folder))
-    settings = ExtractSettings(
+    return ExtractSettings(
         rows=looker.rows,
         layers=looker.layers,
-        answer="gold",
         semantics="mean",
         system=card.get("system", ""),
         prompt_order=card.get("order", "image_first"),
-        batch_size=batch_size,
+        **chosen,
     )
-    # Where the number varies, as many as a prompt holds at inference; emitted ones stand before the gold answer.
-    layout = replace(layout_of(card), least=None)
+
+
+def check_looker(looker: Looker) -> LatentLayout:
+    """The latents that the looker's prompts hold; costs no weights.
+
+    Raises:
+        UserError: its rows are of latents, and it has none; or they are of no kind.
+    """
+    check_kinds(f"{looker.name}: rows", looker.rows)
+    # Where the number varies, as many as a prompt holds at inference; emitted ones stand before the answer.
+    layout = replace(layout_of(read_export(zoo_path(looker.folder))), least=None)
     if "latents" in looker.rows and not layout.most:
         raise UserError(f"{looker.name}: '{looker.folder}' has no latents; its rows are header+answer")
-    extractor = HFTeacher(looker.folder).extractor(settings, layout)
-    starts = range(0, len(samples), batch_size)
-    found = []
-    for start in track(starts, f"gaze of {looker.name}", transient=True):
+    return layout
+
+
+def check_lookers(lookers: Sequence[Looker]) -> list[LatentLayout]:
+    """``check_looker`` of each, before the first is loaded.
+
+    Raises:
+        UserError: as ``check_looker``, or two have one name.
+    """
+    names = [looker.name for looker in lookers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two lookers are called '{twice[0]}'; names are to differ")
+    return [check_looker(looker) for looker in lookers]
+
+
+def asked_by(looker: Looker, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with the words after the question that the looker was trained with, as its export's card says."""
+    suffix = read_export(zoo_path(looker.folder)).get("suffix", "")
+    return [replace(sample, question=sample.question + suffix) for sample in samples] if suffix else list(samples)
+
+
+def look(
+    looker: Looker,
+    samples: Sequence[Sample],
+    batch_size: int = 32,
+    answer: str = "gold",
+    max_new_tokens: int = 64,
+    loading: Mapping[str, Any] = NO_LOADING,
+) -> list[Trace]:
+    """Traces of the looker's rows on every sample.
+
+    Args:
+        answer: the 'gold' answers are given, or the looker gives its 'own', greedily, of ``max_new_tokens`` at most.
+        loading: further arguments of ``HFTeacher`` (dtype, device_map, max_pixels).
+
+    Raises:
+        UserError: the looker asks for latents and has none, or it cannot be loaded.
+    """
+    layout = check_looker(looker)
+    settings = settings_of(
+        looker,
+        batch_size=batch_size,
+        answer="teacher" if answer == "own" else "gold",
+        max_new_tokens=max_new_tokens,
+        passes=2 if layout.feedback else 1,  # what is fed back leaves no cache to go on from
+    )
+    extractor = HFTeacher(looker.folder, **loading).extractor(settings, layout)
+    samples, found = asked_by(looker, samples), []
+    for start in track(range(0, len(samples), batch_size), f"gaze of {looker.name}", transient=True):
         found += extractor([extractor.preparer(sample) for sample in samples[start : start + batch_size]])
+    return found
+
+
+def measures(traces: Sequence[Trace], samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """Figures of every map, in the order of the samples: those of Table 2, and what does not depend on the tokens.
+
+    ``entropy`` H in nats, ``salient`` regions and ``cv`` grow with the number N of image tokens; ``entropy_share`` is
+    H / ln N and ``salient_share`` the salient regions over N, both in [0, 1]. ``in_box`` (S_focus) has an entry for
+    each sample with boxes only.
+    """
+    found: dict[str, list[float]] = {name: [] for name in MEASURES}
+    for trace, sample in zip(traces, samples, strict=True):
+        nats, count, size = float(entropy(trace.gaze)), float(salient_regions(trace.gaze)), len(trace.gaze)
+        found["entropy"].append(nats)
+        found["entropy_share"].append(nats / math.log(size) if size > 1 else 0.0)
+        found["salient"].append(count)
+        found["salient_share"].append(count / size)
+        found["cv"].append(float(cv(trace.gaze)))
+        if sample.boxes:
+            mask = sample_mask(sample.boxes, trace.tiles, trace.gaze.dtype)
+            found["in_box"].append(float(in_box_mass(trace.gaze, mask)))
     return found
 
 
@@ -95,15 +175,10 @@ def statistics(traces: Sequence[Trace], samples: Sequence[Sample]) -> dict[str, 
 
     The interval of the mean is normal: mean +- 1.96 standard errors over samples.
     """
-    measures: dict[str, list[float]] = {"entropy": [], "salient": [], "cv": [], "in_box": []}
-    for trace, sample in zip(traces, samples, strict=True):
-        measures["entropy"].append(float(entropy(trace.gaze)))
-        measures["salient"].append(float(salient_regions(trace.gaze)))
-        measures["cv"].append(float(cv(trace.gaze)))
-        if sample.boxes:
-            measures["in_box"].append(float(in_box_mass(trace.gaze, sample_mask(sample.boxes, trace.tiles))))
+    found = measures(traces, samples)
     result: dict[str, Any] = {"n": len(traces)}
-    for name, values in measures.items():
+    for name in ("entropy", "salient", "cv", "in_box"):
+        values = found[name]
         if not values:
             continue
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -123,11 +198,12 @@ def write_gaze(
     """
     if not samples:
         raise UserError("there is no sample to look at")
+    check_lookers(lookers)
     out.mkdir(parents=True, exist_ok=True)
     traces = {looker.name: look(looker, samples, batch_size) for looker in lookers}
     figures = {name: statistics(found, samples) for name, found in traces.items()}
     index = []
-    for place in _spread(samples, show):
+    for place in spread(samples, show):
         sample = samples[place]
         picture = f"{place:06d}{Path(sample.images[0]).suffix}"
         shutil.copyfile(sample.images[0], out / picture)
@@ -139,7 +215,7 @@ def write_gaze(
                 "question": sample.question,
                 "answer": sample.answer,
                 "boxes": [[box.x1, box.y1, box.x2, box.y2] for box in sample.boxes if box.image == 0],
-                "maps": {name: _map(found[place]) for name, found in traces.items()},
+                "maps": {name: map_of(found[place]) for name, found in traces.items()},
             }
         )
     write_text(out / "index.json", json.dumps(index, ensure_ascii=False) + "\n")
@@ -148,8 +224,8 @@ def write_gaze(
     return figures
 
 
-def _spread(samples: Sequence[Sample], show: int) -> list[int]:
-    """Places of samples taken in turn from every source, on different images."""
+def spread(samples: Sequence[Sample], show: int) -> list[int]:
+    """Places of ``show`` samples taken in turn from every source, on different images."""
     by_source: dict[str, list[int]] = {}
     for place, sample in enumerate(samples):
         by_source.setdefault(sample.source, []).append(place)
@@ -166,7 +242,7 @@ def _spread(samples: Sequence[Sample], show: int) -> list[int]:
     return chosen
 
 
-def _map(trace: Trace) -> Mapping[str, Any]:
-    """The map of the first image as one grid over all of it, whatever tiles the model saw it in."""
-    found = image_map(trace.gaze, trace.tiles, image=0)
+def map_of(trace: Trace, image: int = 0) -> Mapping[str, Any]:
+    """The map of one image as one grid over all of it, whatever tiles the model saw it in."""
+    found = image_map(trace.gaze, trace.tiles, image)
     return {"grid": list(found.shape), "values": [round(float(x), 6) for x in found.flatten()]}
