@@ -15,7 +15,7 @@ from laavit.registry import UserError, nearest
 
 #: command -> (module of laavit.commands, one line)
 COMMANDS = {
-    "data": ("data", "check a data set: counts, broken images, odd boxes, the paper's statistics"),
+    "data": ("data", "check a data set (counts, broken images, odd boxes, the paper's statistics); fetch benchmarks"),
     "train": ("train", "train a recipe"),
     "extract": ("extract", "write a teacher's traces"),
     "eval": ("evaluate", "answer benchmark questions through lmms-eval"),

@@ -27,7 +27,7 @@ def blocks(language: str, document: str = "README.md") -> list[str]:
 
 
 def documents() -> list[str]:
-    listed = ["README.md", "CONTRIBUTING.md", "model_zoo/README.md", "model_zoo/microlab/README.md"]
+    listed = ["README.md", "CONTRIBUTING.md", "model_zoo/README.md", "model_zoo/microlab/README.md", "eval/README.md"]
     found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
     return listed + [path for path in found if path != "docs/extending.md"]  # tests/test_extending.py runs that one
 
@@ -97,6 +97,10 @@ def of_traces(words: list[str]) -> list[str]:
 
 def stand_in(words: list[str]) -> list[str]:
     """The shown command with the tiny model and data; what it does is the same."""
+    if words[1:3] == ["data", "fetch"]:  # prints commands
+        return words
+    if "Qwen/Qwen2.5-VL-3B-Instruct" in words:  # the micro-lab's questions have no protocol of the paper's
+        words = ["tiny" if "Qwen" in word else word for word in words if word not in ("--protocol", "paper")]
     if words[1] == "analyse":  # the demo's student and data; a few questions of two scenes in place of hundreds
         words = [re.sub(r"=runs/demo/\w+/export@[a-z+]+", "=zoo:microlab/student@answer", word) for word in words]
         words = [word.replace("runs/demo/data", "data") for word in words]

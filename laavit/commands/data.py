@@ -1,4 +1,4 @@
-"""``laavit data check``: what a data set holds and what is wrong with it, beside the paper's figures."""
+"""``laavit data``: ``check`` says what a data set holds, beside the paper's figures; ``fetch`` gets the benchmarks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from laavit.files import write_json
 from laavit.recipe import Recipe, apply_overrides, load_recipe, parse_overrides
 from laavit.registry import UserError, nearest
 
-ACTIONS = ("check",)
+ACTIONS = ("check", "fetch")
 _WORDS = {
     "question_words": "words a question",
     "question_words_max": "words, longest question",
@@ -82,6 +82,30 @@ def check(argv: Sequence[str]) -> int:
     return 0
 
 
+def fetch(argv: Sequence[str]) -> int:
+    """``fetch [BENCHMARK ...] --root DIR``: print the commands that download, or download with ``--run``."""
+    parser = Parser(
+        prog="laavit data fetch",
+        description="Print the commands that download benchmarks from the hub, or run them (--run). The copies are "
+        "what `laavit eval --data-root DIR` reads.",
+        epilog="BENCHMARK is a name of eval/benchmarks.yaml; without one, all of them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="for example mmvp, blink, cv_bench")
+    parser.add_argument("--root", type=Path, required=True, help="the folder for the copies")
+    parser.add_argument("--run", action="store_true", help="download now; needs the network")
+    options = parser.parse_args(list(argv))
+    from laavit.evaluation.fetch import downloads
+
+    for download in downloads(options.benchmarks, options.root):
+        sys.stdout.write(f"# {', '.join(download.titles)}; {download.licence or 'licence: see the card'}\n")
+        sys.stdout.write(f"{download.command}\n")
+        if options.run:
+            sys.stdout.flush()
+            download.run()
+    return 0
+
+
 def show(report: dict[str, Any]) -> None:
     """Print a report as tables."""
     terminal = Console()
@@ -141,8 +165,11 @@ def _lines(reasons: Sequence[str]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Run the command with its words; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write("usage: laavit data check [RECIPE] ...   (--help lists its options)\n")
+        sys.stdout.write(
+            "usage: laavit data check [RECIPE] ...\n"
+            "       laavit data fetch [BENCHMARK ...] --root DIR [--run]   (--help lists options)\n"
+        )
         return 0
     if argv[0] not in ACTIONS:
         raise UserError(f"laavit data: nothing is called '{argv[0]}'; {nearest(argv[0], ACTIONS)}")
-    return check(argv[1:])
+    return check(argv[1:]) if argv[0] == "check" else fetch(argv[1:])

@@ -10,6 +10,7 @@ from typing import Any
 
 from laavit.commands.common import Parser
 from laavit.commands.export import export_run
+from laavit.evaluation.benchmarks import PROTOCOLS
 from laavit.recipe import apply_overrides, parse_overrides, zoo_path
 from laavit.registry import UserError
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("model", help="run folder, Hugging Face folder, hub name, or zoo:NAME")
     parser.add_argument("--tasks", required=True, nargs="+", help="lmms-eval tasks, also those of eval/tasks")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="lmms", help="prompts and judging (eval/README.md)")
     parser.add_argument("--data-root", type=Path, help="local copies of the data sets, nothing is fetched")
     parser.add_argument("--include-path", type=Path, nargs="*", default=[], help="more folders of lmms-eval YAML")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -68,7 +70,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument(
-        "--out", type=Path, help="default RUN/eval/<tasks>-latents-<on|off|N>[-<intervention>[-<argument>=<value>]]"
+        "--out",
+        type=Path,
+        help="default RUN/eval/<tasks>[-paper]-latents-<on|off|N>[-<intervention>[-...]]",
     )
     options, overrides = parser.parse_known_args(list(argv))
     intervention = intervention_of(options.intervention, overrides)
@@ -77,12 +81,13 @@ def main(argv: Sequence[str]) -> int:
     folder, results = model_folder(options.model)
     tasks = [name for word in options.tasks for name in word.split(",") if name]
     arguments = [f"{key}={value}" for key, value in sorted((intervention or {}).items()) if key != "name"]
-    words = ["+".join(tasks), "latents", options.latents, options.intervention, *arguments]
+    protocol = None if options.protocol == "lmms" else options.protocol
+    words = ["+".join(tasks), protocol, "latents", options.latents, options.intervention, *arguments]
     name = "-".join(filter(None, words)).replace("/", "_")
     summary = evaluate(
         folder, tasks, options.out or results / name, options.batch_size, options.latents, options.limit,
         options.include_path, options.data_root, options.device, options.dtype, intervention=intervention,
-        imports=options.imports,
+        protocol=options.protocol, imports=options.imports,
         interventions=options.interventions, intervention_limit=options.intervention_limit,
     )  # fmt: skip
     for task, entry in (summary or {}).get("tasks", {}).items():

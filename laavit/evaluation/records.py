@@ -1,7 +1,9 @@
 """Per-sample records, and the summary that is computed from them and from nothing else.
 
 A record is one JSON line: ``task``, ``id``, ``prediction``, ``target``, ``correct``, and where known ``kind`` (what the
-benchmark calls a category) and ``seconds``; of a student that emits its latents ``latents_written``, their number.
+benchmark calls a category), ``groups`` (what ``eval/benchmarks.yaml`` asks to keep for pairs and means), ``read`` (what
+the judge read in the prediction, null where nothing) and ``seconds``; of a student that emits its latents
+``latents_written``, their number.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from laavit.evaluation.benchmarks import benchmarks
+from laavit.evaluation.scores import scores
 from laavit.evaluation.statistics import wilson
 from laavit.files import write_text
 from laavit.registry import UserError
@@ -19,6 +23,8 @@ from laavit.registry import UserError
 #: Columns that name a question, and those that name its kind, in the order they are looked for.
 ID_COLUMNS = ("id", "idx", "question_id", "index", "Index")
 KIND_COLUMNS = ("kind", "category", "sub_task")
+#: Where the judges of lmms-eval's tasks, and ours, say what they read in a prediction.
+READ_KEYS = ("read", "pred_letter", "pred_parsed", "prediction")
 
 
 def make_records(
@@ -36,8 +42,9 @@ def make_records(
         seconds: a document's index -> seconds of generation. written: the same -> latents that the model wrote.
 
     Raises:
-        UserError: the task does not judge single answers as right or wrong.
+        UserError: the task does not judge single answers as right or wrong, or its data lack a column.
     """
+    entry = benchmarks().get(task)
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
     column = _id_column([sample["doc"] for sample in samples])
     records = []
@@ -48,11 +55,14 @@ def make_records(
             "id": str(sample["doc_id"] if column is None else document[column]),
             "prediction": sample["filtered_resps"][0],
             "target": sample["target"],
-            "correct": _correct(task, sample, metrics),
+            **_judged(task, sample, metrics),
         }
-        kind = next((document[name] for name in KIND_COLUMNS if document.get(name)), None)
+        columns = (entry.kind,) if entry and entry.kind else KIND_COLUMNS
+        kind = next((document[name] for name in columns if document.get(name)), None)
         if kind is not None:
             record["kind"] = str(kind)
+        if entry and entry.groups:
+            record["groups"] = entry.groups_of(document)
         if sample["doc_id"] in seconds:
             record["seconds"] = round(seconds[sample["doc_id"]], 6)
         if written is not None and sample["doc_id"] in written:
@@ -70,16 +80,15 @@ def _id_column(documents: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def _correct(task: str, sample: Mapping[str, Any], metrics: Sequence[str]) -> bool:
+def _judged(task: str, sample: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
     """Benchmarks say right or wrong in three ways: a figure, {"is_correct": …} or {"score": …}."""
     for name in metrics:
-        if name not in sample:
+        value = sample.get(name)
+        right = value.get("is_correct", value.get("score")) if isinstance(value, Mapping) else value
+        if right not in (0, 1):
             continue
-        value = sample[name]
-        if isinstance(value, Mapping):
-            value = value.get("is_correct", value.get("score"))
-        if value in (0, 1):
-            return bool(value)
+        said = [value[key] for key in READ_KEYS if key in value] if isinstance(value, Mapping) else []
+        return {"correct": bool(right)} | ({"read": said[0] or None} if said else {})
     raise UserError(f"task '{task}' gives no right or wrong for a single answer (metrics: {', '.join(metrics)})")
 
 
@@ -87,14 +96,20 @@ def summarise(records: Iterable[Mapping[str, Any]], level: float = 0.95) -> dict
     """Accuracy with Wilson's interval for each task, and within it for each kind.
 
     Returns:
-        task -> {"n", "accuracy", "low", "high", "by_kind": {kind: {"n", "accuracy", "low", "high"}}}, and of a student
-        that emits its latents "latents_written": {"mean", "without"}, the latter the number of answers without any.
+        task -> {"n", "accuracy", "low", "high", "by_kind": {kind: {"n", "accuracy", "low", "high"}}}; of a benchmark
+        also "figures" (``scores``); where its judge says what it read "unread", the number of answers in which it found
+        nothing; of a student that emits its latents "latents_written": {"mean", "without"}, the latter the number of
+        answers without any.
     """
+    records = list(records)
     tasks: dict[str, dict[str | None, list[bool]]] = {}
     written: dict[str, list[int]] = {}
+    unread: dict[str, int] = {}
     for record in records:
         if "latents_written" in record:
             written.setdefault(record["task"], []).append(record["latents_written"])
+        if "read" in record:
+            unread[record["task"]] = unread.get(record["task"], 0) + (record["read"] is None)
         kinds = tasks.setdefault(record["task"], {None: []})
         kinds[None].append(record["correct"])
         if record.get("kind") is not None:
@@ -103,6 +118,8 @@ def summarise(records: Iterable[Mapping[str, Any]], level: float = 0.95) -> dict
         task: {
             **_share(kinds[None], level),
             "by_kind": {kind: _share(kinds[kind], level) for kind in sorted(k for k in kinds if k is not None)},
+            **({"figures": scores(records, task)} if task in benchmarks() else {}),
+            **({"unread": unread[task]} if task in unread else {}),
             **({"latents_written": _written(written[task])} if task in written else {}),
         }
         for task, kinds in tasks.items()

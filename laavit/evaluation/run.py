@@ -42,6 +42,7 @@ def evaluate(
     dtype: str = "auto",
     system: str | None = None,
     intervention: str | Mapping[str, Any] | None = None,
+    protocol: str = "lmms",
     interventions: Sequence[str] = (),
     intervention_limit: int | None = None,
     **model_arguments: Any,
@@ -59,6 +60,7 @@ def evaluate(
             the same model and tasks, beside the evaluation (docs/interventions.md).
         intervention_limit: at most so many questions a task for these.
         include_path: more folders of lmms-eval YAML.
+        protocol: 'lmms' (lmms-eval's own task code) or 'paper' (``eval/README.md``).
         data_root: a folder of local copies of the data sets, so that nothing is fetched. A task's data are looked
             for in ``<data_root>/<task>``, then under its data set's own name (``<data_root>/BLINK`` or
             ``<data_root>/BLINK-Benchmark/BLINK``), then in ``data_root`` itself where that holds parquet files.
@@ -76,7 +78,7 @@ def evaluate(
     started = time.perf_counter()
     console = Console(stderr=True)
     with quiet_lmms_eval():
-        task_objects = load_tasks(tasks, include_path, data_root)
+        task_objects = load_tasks(tasks, include_path, data_root, protocol)
         model = Laavit(
             str(model_folder),
             batch_size=batch_size,
@@ -103,6 +105,7 @@ def evaluate(
         "latents": model.latents,
         "intervention": intervention,
         "system": model.system,
+        "protocol": protocol,
         "limit": limit,
         "seconds": round(time.perf_counter() - started, 3),
         "lmms_eval": results["lmms_eval_version"],

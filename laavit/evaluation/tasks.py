@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Any
 import tenacity
 from datasets import Dataset
 
+from laavit.evaluation.benchmarks import PROTOCOLS, benchmarks
 from laavit.evaluation.lmms import Task, TaskManager
 from laavit.evaluation.microlab_task import FOLDER_VARIABLE
 from laavit.paths import project_data
 from laavit.registry import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=4)
@@ -36,13 +40,23 @@ def task_manager(include_path: str | Path | Sequence[str | Path] = ()) -> TaskMa
 
 
 def load_tasks(
-    names: Sequence[str], include_path: str | Path | Sequence[str | Path] = (), data_root: str | Path | None = None
+    names: Sequence[str],
+    include_path: str | Path | Sequence[str | Path] = (),
+    data_root: str | Path | None = None,
+    protocol: str = "lmms",
 ) -> list[Task]:
-    """The tasks with their data, groups resolved to their members.
+    """The tasks with their data, groups resolved to their members; each bears the name it was asked for by.
+
+    Args:
+        names: benchmarks of ``eval/benchmarks.yaml``, or any of lmms-eval's tasks and groups.
+        include_path: more folders of lmms-eval YAML. data_root: a folder of local copies (``eval/README.md``).
+        protocol: 'lmms' or 'paper'; the latter is there for benchmarks alone.
 
     Raises:
-        UserError: no task is named, one is unknown, or its data are not to be had.
+        UserError: no task is named, one is unknown or has no such protocol, or its data are not to be had.
     """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol={protocol} was given; {nearest(protocol, PROTOCOLS)}")
     if isinstance(names, str):
         names = [name for name in names.split(",") if name]
     if not names:
@@ -52,10 +66,11 @@ def load_tasks(
     for name in names:
         if name not in known:
             raise UserError(f"no task is called '{name}'; {_nearest_task(name, known)}")
-    loaded: dict[str, Task] = {}
-    for name in _leaves(manager, names):
-        loaded[name] = _load_task(manager, name, None if data_root is None else Path(data_root))
-    return list(loaded.values())
+    leaves = list(dict.fromkeys(_leaves(manager, names)))
+    if strangers := [name for name in leaves if protocol == "paper" and name not in benchmarks()]:
+        raise UserError(f"task '{strangers[0]}' has no protocol 'paper'; {nearest(strangers[0], benchmarks())}")
+    root = None if data_root is None else Path(data_root)
+    return [_load_task(manager, name, root, protocol) for name in leaves]
 
 
 def _nearest_task(name: str, known: set[str]) -> str:
@@ -79,17 +94,18 @@ def _leaves(manager: TaskManager, names: Sequence[str]) -> Iterator[str]:
             yield from _leaves(manager, [member if isinstance(member, str) else member["task"] for member in members])
 
 
-def _load_task(manager: TaskManager, name: str, data_root: Path | None) -> Task:
-    config = manager._get_config(name)
+def _load_task(manager: TaskManager, name: str, data_root: Path | None, protocol: str) -> Task:
+    asked = benchmarks()[name].task(protocol) if name in benchmarks() else name
+    config = manager._get_config(asked)
     path, arguments = config.get("dataset_path"), dict(config.get("dataset_kwargs") or {})
-    request: dict[str, Any] = {"task": name}
+    request: dict[str, Any] = {"task": asked}
     if category := arguments.pop("category", None):
         # V*'s subsets hand their category to `load_dataset`, which knows no such argument
         request |= {"dataset_kwargs": arguments, "process_docs": partial(_only, category)}
     if data_root is not None:
         path = str(_local_data(name, path, data_root))
         # an override replaces dataset_kwargs as a whole, which also drops `token: True`: nothing is fetched
-        request |= {"dataset_path": path, "dataset_kwargs": {}}
+        request |= {"dataset_path": path, "dataset_kwargs": {}} | _files(name, Path(path))
     elif name.startswith("microlab_") and not Path(path).is_dir():
         raise UserError(
             f"task '{name}' reads '{path}', which is not a folder; give --data-root or set {FOLDER_VARIABLE}"
@@ -104,7 +120,26 @@ def _load_task(manager: TaskManager, name: str, data_root: Path | None) -> Task:
             f"the data of task '{name}' in '{path}' have no {error}; a local copy needs the data set's own README.md "
             "where that names its splits"
         ) from error
-    return loaded[name]
+    task = loaded[asked]
+    _warn_of_another_number(name, len(task.test_docs()), data_root)
+    task.config.task = name  # results and records bear the benchmark's name under either protocol
+    return task
+
+
+def _files(name: str, folder: Path) -> dict[str, Any]:
+    """How a part of a repository is read without its card, which is of no use to `datasets` where other parts lack."""
+    entry = benchmarks().get(name)
+    found = sorted(map(str, folder.glob(entry.files))) if entry and entry.files else []
+    if entry is None or not found:
+        return {}
+    return {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": {"data_files": {entry.split: found}}}
+
+
+def _warn_of_another_number(name: str, found: int, data_root: Path | None) -> None:
+    """A copy that lacks files may still load: CV-Bench's two halves are one configuration."""
+    if name in benchmarks() and found != (published := benchmarks()[name].questions):
+        where = "on the hub" if data_root is None else f"in '{data_root}'"
+        logger.warning("%s has %d questions %s; %d are published", name, found, where, published)
 
 
 def _only(category: str, documents: Dataset) -> Dataset:

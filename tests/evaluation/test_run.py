@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import io
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from lmms_eval.models import MODEL_REGISTRY_V2
+from lmms_command import lmms_eval
 from lmms_eval.models.registry_v2 import ModelManifest, ModelRegistryV2
 from PIL import Image
 
@@ -30,7 +26,6 @@ from laavit.evaluation.records import read_records
 from laavit.evaluation.run import evaluate
 from laavit.evaluation.statistics import wilson
 from laavit.evaluation.tasks import load_tasks
-from laavit.paths import project_data
 from laavit.registry import UserError
 
 
@@ -268,31 +263,14 @@ def test_manifest_is_one_lmms_eval_accepts() -> None:
     assert registry.get_model_class("laavit") is Laavit
 
 
-def _entry_point(folder: Path) -> dict[str, str]:
-    """The environment in which lmms-eval sees the model: as installed, or with the package's metadata written here."""
-    if "laavit" in MODEL_REGISTRY_V2.list_canonical_model_ids():
-        return {}
-    assert not list(importlib.metadata.entry_points(group="lmms_eval.models", name="laavit"))
-    metadata = folder / "laavit_under_test-0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: laavit-under-test\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text("[lmms_eval.models]\nlaavit = laavit.evaluation:manifest\n")
-    root = str(Path(__file__).resolve().parents[2])
-    return {"PYTHONPATH": os.pathsep.join([str(folder), root])}
-
-
 def test_lmms_evals_own_command_gives_the_same(
     first_run: Any, export: Path, microlab_data: Path, tmp_path: Path
 ) -> None:
     """``lmms-eval --model laavit …`` in a process of its own, with another batch size: equal scores, equal answers."""
     _, records, _ = first_run
-    command = [sys.executable, "-m", "lmms_eval", "--model", "laavit", "--model_args", f"pretrained={export}"]
-    command += ["--tasks", "microlab_test", "--include_path", str(project_data("eval") / "tasks")]
-    command += ["--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
-    environment = {**os.environ, **_entry_point(tmp_path / "site"), "LAAVIT_MICROLAB": str(microlab_data)}
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    [results] = (tmp_path / "out").rglob("*_results.json")
+    more = ("--batch_size", "4", "--log_samples")
+    environment = {"LAAVIT_MICROLAB": str(microlab_data)}
+    results = lmms_eval(export, ["microlab_test"], tmp_path, *more, cwd=tmp_path, environment=environment)
     assert json.loads(results.read_text())["results"]["microlab_test"]["exact_match,none"] == 0.5
     [samples] = (tmp_path / "out").rglob("*_samples_microlab_test.jsonl")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
