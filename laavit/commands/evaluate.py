@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--intervention-limit", type=int, help="at most so many questions a task for --interventions")
     parser.add_argument("--import", dest="imports", nargs="*", default=[], help=".py files or modules of your own")
     parser.add_argument("--limit", type=int, help="at most so many questions a task")
+    parser.add_argument("--fresh", action="store_true", help="ask again what an unfinished evaluation has answered")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument(
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
     summary = evaluate(
         folder, tasks, options.out or results / name, options.batch_size, options.latents, options.limit,
         options.include_path, options.data_root, options.device, options.dtype, intervention=intervention,
-        protocol=options.protocol, imports=options.imports,
+        protocol=options.protocol, imports=options.imports, fresh=options.fresh,
         interventions=options.interventions, intervention_limit=options.intervention_limit,
     )  # fmt: skip
     for task, entry in (summary or {}).get("tasks", {}).items():

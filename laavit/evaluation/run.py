@@ -20,6 +20,7 @@ from rich.console import Console
 from laavit.custom import import_custom
 from laavit.evaluation.bridge import Laavit
 from laavit.evaluation.interventions.suite import Suite
+from laavit.evaluation.journal import drop
 from laavit.evaluation.lmms import Task, TaskManager, quiet_lmms_eval, simple_evaluate
 from laavit.evaluation.records import make_records, summarise, weights_sha256, write_records
 from laavit.evaluation.tasks import load_tasks, task_manager
@@ -45,6 +46,7 @@ def evaluate(
     protocol: str = "lmms",
     interventions: Sequence[str] = (),
     intervention_limit: int | None = None,
+    fresh: bool = False,
     **model_arguments: Any,
 ) -> dict[str, Any] | None:
     """Ask the model every question of the tasks and store the records and their summary under ``out``.
@@ -59,6 +61,9 @@ def evaluate(
         interventions: names of interventions, or of sets of them ('standard'), that are done one after another with
             the same model and tasks, beside the evaluation (docs/interventions.md).
         intervention_limit: at most so many questions a task for these.
+        fresh: ask every question, also those that an unfinished evaluation in ``out`` has answers to; by default these
+            are taken over (laavit/evaluation/journal.py). The journal goes once records and summary stand: they hold
+            all of it, and the next evaluation of the folder is a new one.
         include_path: more folders of lmms-eval YAML.
         protocol: 'lmms' (lmms-eval's own task code) or 'paper' (``eval/README.md``).
         data_root: a folder of local copies of the data sets, so that nothing is fetched. A task's data are looked
@@ -92,8 +97,11 @@ def evaluate(
         model.console = console  # its bar is the one thing shown
         if suite is not None:
             suite.ready(model, task_objects)
-        results = _answers(model, task_objects, task_manager(include_path), limit)
-    ask = partial(_asked, model, task_objects, task_manager(include_path))
+    model.open_journal(out, protocol, fresh=fresh)
+    with quiet_lmms_eval():
+        results = _answers(model, task_objects, task_manager(include_path, tasks), limit)
+    journal, model.journal = model.journal, None  # what is asked under interventions is another evaluation
+    ask = partial(_asked, model, task_objects, task_manager(include_path, tasks))
     if results is None:
         if suite is not None:
             suite.run(model, task_objects, None, ask, Path(out))
@@ -107,23 +115,35 @@ def evaluate(
         "system": model.system,
         "protocol": protocol,
         "limit": limit,
+        "resumed": 0 if journal is None else len(journal),
         "seconds": round(time.perf_counter() - started, 3),
         "lmms_eval": results["lmms_eval_version"],
         "tasks": summarise(records),
     }
     for name, entry in summary["tasks"].items():
         entry["metrics"] = _metrics(results["results"][name])
-    write_records(Path(out) / "records.jsonl", records)
-    write_json(Path(out) / "summary.json", summary)
+    _write(Path(out), records, summary)
     logger.info("%d answers in %.1f s -> %s", len(records), summary["seconds"], out)
     if suite is not None:
         suite.run(model, task_objects, records, ask, Path(out))
+    drop(out)
     return summary
+
+
+def _write(out: Path, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+    try:
+        write_records(out / "records.jsonl", records)
+        write_json(out / "summary.json", summary)
+    except OSError as error:
+        raise UserError(
+            f"the records in '{out}' cannot be written: {error.strerror}; the answers are kept there, and the same "
+            "command goes on from them"
+        ) from error
 
 
 def _answers(model: Laavit, tasks: list[Task], manager: TaskManager, limit: int | None) -> dict[str, Any] | None:
     """lmms-eval's own results with every sample, nothing cached and no random state touched; None on other ranks."""
-    return simple_evaluate(
+    results: dict[str, Any] | None = simple_evaluate(
         model=model,
         tasks=tasks,
         task_manager=manager,
@@ -138,6 +158,8 @@ def _answers(model: Laavit, tasks: list[Task], manager: TaskManager, limit: int 
         # the command line's default: answers are judged without decoding the images a second time
         cli_args=argparse.Namespace(process_with_media=False),
     )
+    model.gather()
+    return results
 
 
 def _asked(

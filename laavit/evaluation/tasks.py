@@ -21,13 +21,17 @@ logger = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=4)
-def _task_manager(folders: tuple[str, ...]) -> TaskManager:
+def _task_manager(folders: tuple[str, ...], everything: bool) -> TaskManager:
     """lmms-eval's index of tasks, which takes seconds to build: one for each set of folders."""
-    return TaskManager(include_path=list(folders), model_name="laavit")
+    return TaskManager(include_path=list(folders), include_defaults=everything, model_name="laavit")
 
 
-def task_manager(include_path: str | Path | Sequence[str | Path] = ()) -> TaskManager:
+def task_manager(include_path: str | Path | Sequence[str | Path] = (), names: str | Sequence[str] = ()) -> TaskManager:
     """The index over lmms-eval's tasks, ``eval/tasks`` and the folders of ``include_path``.
+
+    Args:
+        names: what will be asked of it; where all of that stands in those folders, lmms-eval's own thousand files are
+            not read.
 
     Raises:
         UserError: a folder does not exist.
@@ -36,7 +40,12 @@ def task_manager(include_path: str | Path | Sequence[str | Path] = ()) -> TaskMa
     for folder in given:
         if not Path(folder).is_dir():
             raise UserError(f"include_path '{folder}' is not a folder")
-    return _task_manager((str(project_data("eval") / "tasks"), *map(str, given)))
+    folders = (str(project_data("eval") / "tasks"), *map(str, given))
+    own = _task_manager(folders, False)
+    asked = names.split(",") if isinstance(names, str) else list(names)
+    if asked and all(own.task_index.get(name, {}).get("type") == "task" for name in asked):
+        return own
+    return _task_manager(folders, True)
 
 
 def load_tasks(
@@ -61,7 +70,7 @@ def load_tasks(
         names = [name for name in names.split(",") if name]
     if not names:
         raise UserError("no task was named; for example: microlab_test")
-    manager = task_manager(include_path)
+    manager = task_manager(include_path, names)
     known = set(manager.all_tasks)
     for name in names:
         if name not in known:

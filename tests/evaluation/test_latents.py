@@ -179,3 +179,16 @@ def test_gaze_has_the_latents_in_their_place(lab: Any, samples: list[Sample], tm
     (tmp_path / "forced" / "laavit.json").write_text(json.dumps({"latents": 0}))
     with pytest.raises(UserError, match="has no latents"):
         look(Looker("a", str(tmp_path / "forced"), ("latents",)), samples[:1])
+
+
+def test_another_number_of_fed_back_latents(export: Path, tmp_path: Path) -> None:
+    """N of those are what an export whose template writes N would have, and not N learned ones."""
+    varying = with_layout(export, tmp_path / "varying", least=1, feedback=True)
+    for number in (1, 3, 4):
+        asked = Laavit(str(varying), latents=number)
+        assert asked.backbone is not None
+        own = with_layout(export, tmp_path / str(number), number, most=number, feedback=True)
+        learned = with_layout(export, tmp_path / f"learned-{number}", number, most=number)
+        found = asked.answer(CHATS, Settings(6, ()))
+        assert found == Laavit(str(own)).answer(CHATS, Settings(6, ()))
+        assert found != Laavit(str(learned)).answer(CHATS, Settings(6, ()))
