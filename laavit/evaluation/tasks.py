@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import tenacity
 from datasets import Dataset
+from datasets.config import HF_DATASETS_CACHE
 
 from laavit.evaluation.benchmarks import PROTOCOLS, benchmarks
 from laavit.evaluation.lmms import Task, TaskManager
@@ -108,14 +111,18 @@ def _load_task(manager: TaskManager, name: str, data_root: Path | None, protocol
     config = manager._get_config(asked)
     path, arguments = config.get("dataset_path"), dict(config.get("dataset_kwargs") or {})
     request: dict[str, Any] = {"task": asked}
+    if name in benchmarks() and arguments.pop("token", None):
+        request |= {"dataset_kwargs": arguments}  # `token: True` refuses who is not logged in; these data are public
     if category := arguments.pop("category", None):
         # V*'s subsets hand their category to `load_dataset`, which knows no such argument
         request |= {"dataset_kwargs": arguments, "process_docs": partial(_only, category)}
     if data_root is not None:
         path = str(_local_data(name, path, data_root))
         # an override replaces dataset_kwargs as a whole, which also drops `token: True`: nothing is fetched
-        request |= {"dataset_path": path, "dataset_kwargs": {}} | _files(name, Path(path))
-    elif name.startswith("microlab_") and not Path(path).is_dir():
+        request |= {"dataset_path": path, "dataset_kwargs": _own_cache(Path(path))} | _files(name, Path(path))
+    elif name.startswith("microlab_") and Path(path).is_dir():
+        request |= {"dataset_kwargs": _own_cache(Path(path))}
+    elif name.startswith("microlab_"):
         raise UserError(
             f"task '{name}' reads '{path}', which is not a folder; give --data-root or set {FOLDER_VARIABLE}"
         )
@@ -130,9 +137,18 @@ def _load_task(manager: TaskManager, name: str, data_root: Path | None, protocol
             "where that names its splits"
         ) from error
     task = loaded[asked]
-    _warn_of_another_number(name, len(task.test_docs()), data_root)
+    if name in benchmarks():
+        _warn_of_another_number(name, len(task.test_docs()), data_root)
     task.config.task = name  # results and records bear the benchmark's name under either protocol
     return task
+
+
+def _own_cache(folder: Path) -> dict[str, Any]:
+    """A local copy's own place in the cache of `datasets`, which tells two folders of one name and card not apart."""
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    state = repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files])
+    root = os.environ.get("LMMS_EVAL_DATASETS_CACHE") or HF_DATASETS_CACHE
+    return {"cache_dir": str(Path(root) / f"local-{hashlib.sha256(state.encode()).hexdigest()[:16]}")}
 
 
 def _files(name: str, folder: Path) -> dict[str, Any]:
@@ -146,7 +162,7 @@ def _files(name: str, folder: Path) -> dict[str, Any]:
 
 def _warn_of_another_number(name: str, found: int, data_root: Path | None) -> None:
     """A copy that lacks files may still load: CV-Bench's two halves are one configuration."""
-    if name in benchmarks() and found != (published := benchmarks()[name].questions):
+    if found != (published := benchmarks()[name].questions):
         where = "on the hub" if data_root is None else f"in '{data_root}'"
         logger.warning("%s has %d questions %s; %d are published", name, found, where, published)
 

@@ -17,6 +17,7 @@ from laavit.cli import main
 from laavit.evaluation.benchmarks import benchmarks
 from laavit.evaluation.fetch import downloads
 from laavit.evaluation.tasks import load_tasks
+from laavit.registry import UserError
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +118,21 @@ def test_without_a_network_it_says_so_in_one_sentence(
     assert main(["data", "fetch", "mvp", "--root", str(tmp_path)]) == 2
     assert "did you mean 'mmvp'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_public_data_need_no_login_and_the_hub_is_asked_for_what_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a local copy the repository, configuration and split go to `load_dataset`, and no token is demanded."""
+    asked: list[tuple[str, str | None, dict[str, Any]]] = []
+
+    def loaded(path: str, name: str | None = None, **words: Any) -> None:
+        asked.append((path, name, words))
+        raise RuntimeError("seen enough")
+
+    monkeypatch.setattr("lmms_eval.api.task.datasets.load_dataset", loaded)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    for name in ("mmvp", "mmstar", "pope_adv", "vstar_bench_direct_attributes"):
+        with pytest.raises(UserError, match=f"the data of task '{name}' could not be loaded from '.*': seen enough"):
+            load_tasks([name])
+        path, config, words = asked[-1]
+        assert (path, config) == (benchmarks()[name].repository, benchmarks()[name].config)
+        assert not words.get("token") and "category" not in words
