@@ -19,7 +19,7 @@ from rich.console import Console
 
 from laavit.custom import import_custom
 from laavit.evaluation.bridge import Laavit
-from laavit.evaluation.interventions.suite import Suite
+from laavit.evaluation.interventions.suite import Suite, check
 from laavit.evaluation.journal import drop
 from laavit.evaluation.lmms import Task, TaskManager, quiet_lmms_eval, simple_evaluate
 from laavit.evaluation.records import make_records, summarise, weights_sha256, write_records
@@ -95,6 +95,7 @@ def evaluate(
             **model_arguments,
         )
         model.console = console  # its bar is the one thing shown
+        check(model, task_objects)
         if suite is not None:
             suite.ready(model, task_objects)
     model.open_journal(out, protocol, fresh=fresh)
@@ -170,6 +171,7 @@ def _asked(
     model.journal = None  # it holds the answers of the evaluation itself
     with quiet_lmms_eval():
         results = _answers(model, tasks, manager, limit)
+    model.gather()
     if results is None:
         return None
     samples = results["samples"].items()

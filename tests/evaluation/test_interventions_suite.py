@@ -157,6 +157,10 @@ def test_a_model_without_latents_and_a_task_without_boxes(
             r"is called 'latents_zero'.*did you mean 'latents_zeroed'",
         ),
         ({"interventions": ["image_inside_masked"]}, "cannot be done: the documents of microlab_test have no column"),
+        (
+            {"intervention": "latents_oracle"},
+            "intervention cannot be done: the documents of microlab_test have no column",
+        ),
         ({"interventions": ["standard"], "intervention_limit": 0}, "intervention_limit=0 was given"),
         ({"interventions": ["standard"], "latents": "off"}, "compared with the model as it is"),
         ({"interventions": ["standard"], "intervention": "image_blanked"}, "compared with the model as it is"),
@@ -170,6 +174,12 @@ def test_what_is_refused(
         patch.setattr(Laavit, "generate_until", lambda *_: pytest.fail("asked"))
         with pytest.raises(UserError, match=message):
             evaluate(export, ["microlab_test"], tmp_path, data_root=microlab_data, limit=2, **arguments)
+
+
+def test_states_of_a_model_without_latents_are_refused(stock: Path) -> None:
+    model = Laavit(str(stock), intervention="latents_mean")
+    with pytest.raises(UserError, match="the model has no latents"):
+        model.answer([[{"role": "user", "content": [{"type": "text", "text": "how many ?"}]}]], Settings(2, ()))
 
 
 def test_sets_and_names_are_put_together_once() -> None:

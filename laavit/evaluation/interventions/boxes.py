@@ -25,7 +25,7 @@ def boxes_of(doc: Mapping[str, Any], size: tuple[int, int]) -> list[tuple[float,
 
     Args:
         doc: with a column ``boxes`` ([[x1, y1, x2, y2], ...] as shares of the image) or ``bbox`` ([x, y, width,
-            height] in pixels, or several of them: RefCOCO, V*). size: of the image, (width, height) in pixels.
+            height] in pixels, or several of them: COCO, RefCOCO). size: of the image, (width, height) in pixels.
     """
     width, height = size
     if doc.get(CORNERS):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laavit.evaluation.interventions.base import Chat, Intervention, Question
 from laavit.evaluation.interventions.states import LatentStates, Tap, read, tapped
-from laavit.registry import INTERVENTIONS
+from laavit.registry import INTERVENTIONS, UserError
 
 if TYPE_CHECKING:
     from laavit.evaluation.generation import Answerer
@@ -41,6 +41,8 @@ class LatentIntervention(Intervention):
 
     @contextmanager
     def states(self, model: Answerer, questions: Sequence[Question], inputs: Mapping[str, Tensor]) -> Iterator[Tap]:
+        if not model.layout.most:
+            raise UserError("the latents' states cannot be changed: the model has no latents")
         donors = [self.donor(question) for question in questions]
         remembered = model.readings or {}
         if all(key in remembered for key, _ in donors):

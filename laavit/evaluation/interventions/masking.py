@@ -30,7 +30,7 @@ class MaskLatents(Intervention):
     on = "latents"
 
     def lacks(self, model: Answerer, columns: Mapping[str, Sequence[str]]) -> str | None:
-        return None if model.layout.most else "the model has no latents"
+        return None if model.latent_ids else "the model has no latents"
 
     def __call__(self, model: Any, inputs: Mapping[str, Tensor], ids: Sequence[int]) -> dict[str, Tensor]:
         """The inputs of the ablated prompt.

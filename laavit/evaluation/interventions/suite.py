@@ -40,6 +40,17 @@ def named_sets() -> dict[str, list[str]]:
     return found
 
 
+def check(model: Laavit, tasks: Sequence[Task]) -> None:
+    """Raises: UserError: the model's own intervention cannot be done with it and these tasks."""
+    if model.intervention is not None and (reason := model.intervention.lacks(model, _columns(tasks))):
+        raise UserError(f"the intervention cannot be done: {reason}")
+
+
+def _columns(tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """The columns of each task's documents."""
+    return {str(task.config.task): list(task.eval_docs_no_media.features) for task in tasks}
+
+
 @dataclass(frozen=True)
 class Suite:
     """Interventions by name, and those of them that may be left out where a model or a task does not have their like.
@@ -85,7 +96,7 @@ class Suite:
             raise UserError(
                 "interventions are compared with the model as it is: leave out latents=off and intervention"
             )
-        columns = {task.task_name: list(task.eval_docs_no_media.features) for task in tasks}
+        columns = _columns(tasks)
         found: dict[str, Intervention] = {}
         skipped: dict[str, str] = {}
         for name in self.names:
