@@ -160,10 +160,12 @@ def pooled(
         ValueError: nothing was answered, the level is not in (0, 1), or strata and clusters are both given.
     """
     values = _matrix(correct)
-    draws = _question_draws(values, iterations, seed, strata, clusters)
-    low, high = _ends(_over_seeds(draws.resampled, draws.mean, draws.rng), level)
-    sd = float(draws.mean.std(ddof=1)) if len(values) > 1 else None
-    return Pooled(float(draws.mean.mean()), low, high, sd, (len(values),), values.shape[1])
+    means = _means(values, strata)
+    rng = np.random.default_rng(seed)
+    draws = _redrawn(values.mean(axis=0), iterations, rng, strata, clusters) + _seeds(means, iterations, rng)
+    low, high = _ends(draws, level)
+    sd = float(means.std(ddof=1)) if len(means) > 1 else None
+    return Pooled(float(means.mean()), low, high, sd, (len(values),), values.shape[1])
 
 
 def pooled_difference(
@@ -195,18 +197,18 @@ def pooled_difference(
         raise ValueError(f"paired answers need equal lengths, got {one.shape[1]} and {two.shape[1]}")
     if paired and len(one) != len(two):
         raise ValueError(f"paired runs need equal numbers, got {len(one)} and {len(two)}")
+    ours, theirs = _means(one, strata), _means(two, strata)
+    rng = np.random.default_rng(seed)
+    draws = _redrawn(one.mean(axis=0) - two.mean(axis=0), iterations, rng, strata, clusters)
+    sd = None
     if paired:
-        draws = _question_draws(one - two, iterations, seed, strata, clusters)
-        moved = _over_seeds(draws.resampled, draws.mean, draws.rng)
-        low, high = _ends(moved, level)
-        sd = float(draws.mean.std(ddof=1)) if len(one) > 1 else None
-        return Pooled(float(draws.mean.mean()), low, high, sd, (len(one), len(two)), one.shape[1], _two_sided(moved))
-    draws = _question_draws(np.concatenate([one, two]), iterations, seed, strata, clusters)
-    ours = _over_seeds(draws.resampled[:, : len(one)], draws.mean[: len(one)], draws.rng)
-    theirs = _over_seeds(draws.resampled[:, len(one) :], draws.mean[len(one) :], draws.rng)
-    low, high = _ends(ours - theirs, level)
-    mean = float(draws.mean[: len(one)].mean() - draws.mean[len(one) :].mean())
-    return Pooled(mean, low, high, None, (len(one), len(two)), one.shape[1], _two_sided(ours - theirs))
+        draws += _seeds(ours - theirs, iterations, rng)
+        sd = float((ours - theirs).std(ddof=1)) if len(one) > 1 else None
+    else:
+        draws += _seeds(ours, iterations, rng) - _seeds(theirs, iterations, rng)
+    low, high = _ends(draws, level)
+    mean = float(ours.mean() - theirs.mean())
+    return Pooled(mean, low, high, sd, (len(one), len(two)), one.shape[1], _two_sided(draws))
 
 
 def bootstrap(
@@ -275,15 +277,6 @@ def benjamini_hochberg(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """``mean`` [S]: each row's mean; ``resampled`` [iterations, S]: the same over redrawn questions."""
-
-    mean: NDArray[np.float64]
-    resampled: NDArray[np.float64]
-    rng: np.random.Generator
-
-
 def _matrix(correct: NDArray[Any]) -> NDArray[np.float64]:
     values = np.atleast_2d(np.asarray(correct, dtype=np.float64))
     if values.ndim != 2 or not values.size:
@@ -291,54 +284,49 @@ def _matrix(correct: NDArray[Any]) -> NDArray[np.float64]:
     return values
 
 
-def _question_draws(
+def _redrawn(
     values: NDArray[np.float64],
     iterations: int,
-    seed: int,
+    rng: np.random.Generator,
     strata: Sequence[Hashable] | None,
     clusters: Sequence[Hashable] | None,
-) -> _Draws:
-    """Redraw the questions of all rows together.
+) -> NDArray[np.float64]:
+    """The mean of [n] values over redrawn questions, [iterations]; of strata the mean of their means.
 
-    Questions answered alike by all rows are one pattern, and resampling n questions is one multinomial draw over the
-    patterns' counts: exact, and O(iterations · patterns) instead of O(iterations · n).
+    Questions with one value are one pattern, and resampling n questions is one multinomial draw over the patterns'
+    counts: exact, and O(iterations · patterns) instead of O(iterations · n). A cluster's pattern is its sum and size.
     """
     if strata is not None and clusters is not None:
         raise ValueError("strata and clusters cannot both be given: a cluster may lie in several strata")
-    rng = np.random.default_rng(seed)
     if clusters is not None:
-        members = _members(clusters, values.shape[1])
-        sums = np.stack([values[:, one].sum(axis=1) for one in members])
-        return _over_patterns([(sums, np.array([len(one) for one in members], dtype=np.float64))], iterations, rng)
-    groups = [np.arange(values.shape[1])] if strata is None else _members(strata, values.shape[1])
-    return _over_patterns([(values[:, one].T, np.ones(len(one))) for one in groups], iterations, rng)
-
-
-def _over_patterns(
-    groups: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]], iterations: int, rng: np.random.Generator
-) -> _Draws:
-    """Means of groups of units, averaged; a group is (sums [units, S], questions [units])."""
-    mean = np.zeros(groups[0][0].shape[1])
-    resampled = np.zeros((iterations, len(mean)))
-    for sums, sizes in groups:
-        patterns, counts = np.unique(np.column_stack([sums, sizes]), axis=0, return_counts=True)
-        mean += sums.sum(axis=0) / sizes.sum()
+        members = _members(clusters, len(values))
+        units = [np.array([[values[one].sum(), len(one)] for one in members])]
+    else:
+        groups = [np.arange(len(values))] if strata is None else _members(strata, len(values))
+        units = [np.column_stack([values[one], np.ones(len(one))]) for one in groups]
+    means = np.zeros(iterations)
+    for group in units:
+        # sums of shares differ in their last bits
+        patterns, counts = np.unique(group.round(12), axis=0, return_counts=True)
         batch = max(1, _CHUNK // len(patterns))
         for start in range(0, iterations, batch):
             rows = slice(start, min(start + batch, iterations))
             drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size=rows.stop - start) @ patterns
-            resampled[rows] += drawn[:, :-1] / drawn[:, -1:]
-    return _Draws(mean / len(groups), resampled / len(groups), rng)
+            means[rows] += drawn[:, 0] / drawn[:, 1]
+    return means / len(units)
 
 
-def _over_seeds(
-    resampled: NDArray[np.float64], observed: NDArray[np.float64], rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """[iterations, S] and each seed's own mean [S] -> [iterations]: their mean, moved by what seeds leave open."""
-    means, seeds = resampled.mean(axis=1), len(observed)
-    if seeds == 1:
-        return means
-    return means + observed.std(ddof=1) / sqrt(seeds) * rng.standard_t(seeds - 1, len(means))
+def _means(values: NDArray[np.float64], strata: Sequence[Hashable] | None) -> NDArray[np.float64]:
+    """[S, n] -> each seed's mean, of strata the mean of their means: [S]"""
+    groups = [np.arange(values.shape[1])] if strata is None else _members(strata, values.shape[1])
+    return np.mean([values[:, one].mean(axis=1) for one in groups], axis=0)
+
+
+def _seeds(means: NDArray[np.float64], iterations: int, rng: np.random.Generator) -> NDArray[np.float64] | float:
+    """What the seeds leave open of their mean, [iterations]: s / √S times Student's t; nothing with one seed."""
+    if len(means) == 1:
+        return 0.0
+    return means.std(ddof=1) / sqrt(len(means)) * rng.standard_t(len(means) - 1, iterations)
 
 
 def _members(labels: Sequence[Hashable], total: int) -> list[NDArray[np.int64]]:

@@ -17,10 +17,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from laavit.evaluation.statistics import wilson
 from laavit.images import open_image
+from laavit.reports.rows import Row, groups
 from laavit.reports.runs import GazeSample, Run
-from laavit.reports.tables import Row, groups
 from laavit.structures import Box
 from laavit.traces.grids import boxes_to_mask, in_box_mass
 
@@ -62,7 +61,7 @@ class Figured:
     svg: str
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def to_svg(figure: Figure, salt: str) -> str:
     """The figure as an ``<svg>`` element with real text, no fixed size, and colours from the page."""
     FigureCanvasSVG(figure)
     stream = io.StringIO()
@@ -82,7 +81,8 @@ def _svg(figure: Figure, salt: str) -> str:
     return text
 
 
-def _panel(height: float = PANEL[1], left: float = 0.13, right: float = 0.97) -> tuple[Figure, mpl.axes.Axes]:
+def new_panel(height: float = PANEL[1], left: float = 0.13, right: float = 0.97) -> tuple[Figure, mpl.axes.Axes]:
+    """An empty panel in the page's style; the margins are shares of its width."""
     figure = Figure(figsize=(PANEL[0], height))
     axes = figure.add_axes((left, 0.42 / height, right - left, 1 - 0.5 / height))
     for side in ("top", "right"):
@@ -105,34 +105,34 @@ def accuracy_panels(rows: Sequence[Row], colour: Mapping[str, str]) -> list[Figu
     panels = []
     limits = _common_limits(rows)
     for number, (title, task, kind) in enumerate(groups(rows)):
-        counted = [(row, *row.share(task, kind)) for row in rows]
-        known = [(row, k, n) for row, k, n in counted if n]
-        figure, axes = _panel(height=0.62 + 0.3 * len(rows), left=0.36, right=0.95)
-        for row, k, n in known:
-            y = len(rows) - 1 - rows.index(row)
-            low, high = wilson(k, n)
-            off = row.evaluation.latents == "off"
+        figure, axes = new_panel(height=0.62 + 0.3 * len(rows), left=0.36, right=0.95)
+        for y, row in enumerate(reversed(rows)):
+            if (one := row.score(task, kind)) is None:
+                continue
             own: dict[str, Any] = {"color": colour[row.run], "clip_on": False}  # a dot at 100 is a whole one
-            axes.plot([100 * low, 100 * high], [y, y], linewidth=2.2, solid_capstyle="round", **own)
-            axes.plot(100 * k / n, y, "o", markersize=6.5, markerfacecolor=CARD if off else None, **own)
-        axes.set_yticks(range(len(rows)), [_shortened(row.label) for row in reversed(rows)], color=INK)
+            axes.plot([100 * one.low, 100 * one.high], [y, y], linewidth=2.2, solid_capstyle="round", **own)
+            axes.plot(
+                100 * one.mean, y, "o", markersize=6.5, markerfacecolor=CARD if row.evaluation.way else None, **own
+            )
+        axes.set_yticks(range(len(rows)), [shortened(row.label) for row in reversed(rows)], color=INK)
         axes.set_xlim(*limits)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.locator_params(axis="x", nbins=5)
-        panels.append(Figured(f"{title}, % correct", _svg(figure, f"accuracy-{number}")))
+        panels.append(Figured(f"{title}, % correct", to_svg(figure, f"accuracy-{number}")))
     return panels
 
 
 def _common_limits(rows: Sequence[Row]) -> tuple[float, float]:
     """One range of per cent for all panels, so that they can be compared by eye."""
-    shares = [row.share(task, kind) for row in rows for _, task, kind in groups(rows)]
-    ends = [wilson(k, n) for k, n in shares if n]
-    return max(0.0, 100 * min(low for low, _ in ends) - 3), min(100.0, 100 * max(high for _, high in ends) + 3)
+    scores = [row.score(task, kind) for row in rows for _, task, kind in groups(rows)]
+    known = [one for one in scores if one]
+    return max(0.0, 100 * min(one.low for one in known) - 3), min(100.0, 100 * max(one.high for one in known) + 3)
 
 
-def _shortened(label: str, limit: int = 22) -> str:
+def shortened(label: str, limit: int = 22) -> str:
+    """A label that fits beside an axis."""
     return label if len(label) <= limit else label[: limit - 1] + "…"
 
 
@@ -160,7 +160,7 @@ def curve_panels(runs: Sequence[Run], colour: Mapping[str, str]) -> list[Figured
     """One panel for each logged quantity over the steps: faint as logged, strong as a mean over 5 % of the steps."""
     panels = []
     for key in logged_keys(runs):
-        figure, axes = _panel(left=0.19 if key == "lr" else 0.15)
+        figure, axes = new_panel(left=0.19 if key == "lr" else 0.15)
         for run in runs:
             points = [(entry["iter"], entry[key]) for entry in run.log if isinstance(entry.get(key), int | float)]
             if not points:
@@ -176,7 +176,7 @@ def curve_panels(runs: Sequence[Run], colour: Mapping[str, str]) -> list[Figured
         if key == "lr":
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
         axes.set_xlabel("step", color=INK, fontsize=8.5, labelpad=2)
-        panels.append(Figured(LOGGED.get(key, key), _svg(figure, f"curve-{key}")))
+        panels.append(Figured(LOGGED.get(key, key), to_svg(figure, f"curve-{key}")))
     return panels
 
 

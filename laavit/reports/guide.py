@@ -1,4 +1,4 @@
-"""The reading guide of the page, in plain language: what each figure shows and what it does not."""
+"""The page's words in plain language: what each section and each figure shows, and what it does not."""
 
 GUIDE: tuple[tuple[str, str], ...] = (
     (
@@ -44,3 +44,45 @@ GUIDE: tuple[tuple[str, str], ...] = (
         "the mass inside the box says whether it is concentrated in the right place.",
     ),
 )
+
+#: section -> (what is shown and how to read it, what not to conclude from it)
+OPENINGS: dict[str, tuple[str, str]] = {
+    "results": (
+        "How many of the test questions each model answers correctly, in per cent: a dot is the figure, its bar the "
+        "95 % interval, a hollow dot the same model with something changed at inference (such as latents masked).",
+        "Do not conclude from one run which recipe is better: another seed moves the figure, too. Overlapping bars do "
+        "not mean 'no difference'; the table of paired differences answers that.",
+    ),
+    "published": (
+        "The paper's table with our own figures under the printed ones: 'ours' is what the given runs answer, with its "
+        "95 % interval, and 'ours − paper' the difference in points; 'not run' says that nothing was measured.",
+        "Do not read a difference smaller than its interval as a failure or a success in reproducing: with 115 to 300 "
+        "questions a figure is known to about ± 5 points. A printed figure marked † cannot be right as it stands.",
+    ),
+    "gaze": (
+        "Where each model looks while it answers: brighter is more attention, each map scaled to its own maximum; the "
+        "green frame is the annotated region, and below each map stands the share of its mass inside the frame.",
+        "Do not conclude that a model answers because it looks there: a map is where attention goes, not what decides. "
+        "The samples are illustrations; the table below covers the whole set.",
+    ),
+    "interventions": (
+        "The same questions again with one thing changed at inference: blue bars change the latents, orange ones the "
+        "image; a longer bar means that the answers depend more on what was changed. Whiskers are 95 % intervals.",
+        "Do not conclude from a long bar alone that the latents hold what was seen: a change can also break the model "
+        "by being unlike anything it was trained on. Short bars on the latents do mean that answers hardly need them.",
+    ),
+    "analyses": (
+        "Pictures of the analyses that were run on these models; the figures behind each stand in the file it names.",
+        "Do not conclude cause from any of them: they show what goes together.",
+    ),
+    "training": (
+        "What was logged while training, over the steps: faint as logged, strong a running mean over 5 % of the steps; "
+        "a run without a line in a panel does not have that quantity.",
+        "Do not compare total losses between recipes, since each adds up other parts, and do not conclude from a lower "
+        "training loss that more test questions are answered.",
+    ),
+    "compared": (
+        "In which settings the recipes differ, one column a model; all other settings are the same.",
+        "Do not put a difference in results down to one setting where several differ.",
+    ),
+}

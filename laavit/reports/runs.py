@@ -4,7 +4,11 @@ What a folder may hold (architecture.md, "Run folder"); only what is asked for m
 
     recipe.json, environment.json, log.jsonl
     eval/<name>/records.jsonl, eval/<name>/summary.json
+    eval/<name>/interventions.json
     gaze/index.json, gaze/*.png, gaze/statistics.json
+    analysis/<name>.json, analysis/<name>.png (or .svg)
+
+A sweep's folder (sweep.json, cells/<arm>-s<seed>/) stands for its cells, the seeds of an arm under one label.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,9 @@ from laavit.registry import UserError
 
 logger = logging.getLogger(__name__)
 
+#: the plan of a sweep
+SWEEP = "sweep.json"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -36,6 +43,7 @@ class Record:
     id: str
     correct: bool
     kind: str | None = None
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -47,9 +55,11 @@ class Evaluation:
     """The records of one evaluation of one run, and where they came from.
 
     Args:
-        name: the folder under ``eval/``. latents: 'on' or 'off'.
+        name: the folder under ``eval/``. latents: 'on', 'off', or how many stood in the prompt.
         weights: the SHA-256 of the evaluated weights, as the evaluation wrote it down.
         source: the records file, relative to the run's parent. digest: the SHA-256 of that file.
+        intervention: what was changed at inference, by name. protocol: how it was asked and judged.
+        effects: ``interventions.json``, what changes changed; empty where none were made.
     """
 
     name: str
@@ -58,6 +68,24 @@ class Evaluation:
     records: tuple[Record, ...]
     source: str
     digest: str
+    intervention: str = ""
+    protocol: str = "lmms"
+    effects: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def way(self) -> str:
+        """What was changed at inference, as it follows a label: '' for the model as it is."""
+        latents = {"on": "", "off": ", latents off"}.get(self.latents, f", {self.latents} latents")
+        return latents + (f", {self.intervention}" if self.intervention else "")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One analysis: its figures as they were written, and its picture."""
+
+    name: str
+    figures: Mapping[str, Any]
+    picture: Path | None
 
 
 @dataclass(frozen=True)
@@ -85,6 +113,13 @@ class Run:
     evaluations: tuple[Evaluation, ...] = ()
     gaze: tuple[GazeSample, ...] = ()
     statistics: Mapping[str, Any] = field(default_factory=dict)
+    analyses: tuple[Analysis, ...] = ()
+    arm: str = ""
+
+    @property
+    def title(self) -> str:
+        """What a table's rows know it by: its arm in a sweep, else its recipe's title, else its folder's name."""
+        return self.arm or str(self.recipe.get("title") or self.path.name)
 
 
 def load_run(path: Path, label: str | None = None) -> Run:
@@ -107,26 +142,69 @@ def load_run(path: Path, label: str | None = None) -> Run:
         evaluations=tuple(_read_evaluation(file.parent, path) for file in sorted(path.glob("eval/*/records.jsonl"))),
         gaze=_read_gaze(path / "gaze"),
         statistics=read_object(path / "gaze" / "statistics.json"),
+        analyses=_read_analyses(path / "analysis"),
     )
 
 
-def load_runs(paths: Sequence[Path], labels: Sequence[str] | None = None) -> list[Run]:
-    """Read several run folders, in the order they are to be shown.
+def load_runs(words: Sequence[Path | str], labels: Sequence[str] | None = None) -> list[Run]:
+    """Read several run folders, in the order they are to be shown; seeds of one model share a label.
+
+    Args:
+        words: each a run folder, LABEL=RUN or LABEL=RUN,RUN (the seeds of one model), or the folder of a sweep.
+        labels: one for each word that has none (a sweep's arms have theirs); by default the folders' names.
 
     Raises:
-        UserError: no folder, another number of labels than folders, two runs with one label, or no evaluation at all.
+        UserError: no folder, another number of labels than words, two models with one label, or no evaluation at all.
     """
-    if not paths:
+    if not words:
         raise UserError("a report needs at least one run folder")
-    if labels is not None and len(labels) != len(paths):
-        raise UserError(f"got {len(labels)} labels for {len(paths)} runs; give one for each run, or none")
-    runs = [load_run(path, labels[i] if labels else None) for i, path in enumerate(paths)]
-    twice = [label for label, count in Counter(run.label for run in runs).items() if count > 1]
+    if labels is not None and len(labels) != len(words):
+        raise UserError(f"got {len(labels)} labels for {len(words)} runs; give one for each run, or none")
+    models = [_models(word, labels[i] if labels else None) for i, word in enumerate(words)]
+    named = [label for model in models for label in dict.fromkeys(run.label for run in model)]
+    twice = [label for label, count in Counter(named).items() if count > 1]
     if twice:
-        raise UserError(f"two runs are called '{twice[0]}'; give them labels of their own")
+        raise UserError(f"two runs are called '{twice[0]}'; give them labels of their own, or LABEL=RUN,RUN for seeds")
+    runs = [run for model in models for run in model]
     if not any(run.evaluations for run in runs):
         names = ", ".join(str(run.path) for run in runs)
         raise UserError(f"none of {names} holds eval/*/records.jsonl; evaluate a run first (tools/eval.py)")
+    return runs
+
+
+def split_word(word: Path | str) -> tuple[str | None, list[Path]]:
+    """'LABEL=RUN,RUN' -> (label, folders); a word that is a folder itself has no label."""
+    label, equals, folders = str(word).partition("=")
+    if not equals or Path(word).is_dir():
+        return None, [Path(word)]
+    return label, [Path(folder) for folder in folders.split(",") if folder]
+
+
+def _models(word: Path | str, label: str | None) -> list[Run]:
+    given, folders = split_word(word)
+    if not folders:
+        raise UserError(f"'{word}' names no run folder; for example '{given}=runs/a,runs/b'")
+    if given is None and (folders[0] / SWEEP).is_file():
+        return load_sweep(folders[0])
+    return [load_run(folder, label or given) for folder in folders]
+
+
+def load_sweep(folder: Path) -> list[Run]:
+    """The cells of a sweep that are there, labelled by their arms.
+
+    Raises:
+        UserError: its plan cannot be read, or no cell has been run.
+    """
+    plan = read_object(folder / SWEEP)
+    runs = []
+    for cell in plan.get("cells", ()):
+        path = folder / "cells" / cell["name"]
+        if path.is_dir():
+            runs.append(replace(load_run(path, cell.get("label") or cell["arm"]), arm=cell["arm"]))
+        else:
+            logger.warning("%s has not been run", path)
+    if not runs:
+        raise UserError(f"'{folder}' holds no cell that was run; laavit sweep runs them")
     return runs
 
 
@@ -160,7 +238,7 @@ def _read_evaluation(folder: Path, run: Path) -> Evaluation:
         absent = [key for key in ("task", "id", "correct") if key not in row]
         if absent:
             raise UserError(f"{file}, line {number} has no '{absent[0]}'; a record has a task, an id and correct")
-        record = Record(str(row["task"]), str(row["id"]), row["correct"], row.get("kind"))
+        record = Record(str(row["task"]), str(row["id"]), row["correct"], row.get("kind"), row.get("groups") or {})
         if not isinstance(record.correct, bool):
             raise UserError(f"{file}, line {number}: 'correct' is {record.correct!r}; true and false are allowed")
         if record.key in records:
@@ -169,6 +247,7 @@ def _read_evaluation(folder: Path, run: Path) -> Evaluation:
     if not records:
         raise UserError(f"{file} is empty; evaluate the run again")
     summary = read_object(folder / "summary.json")
+    changed = summary.get("intervention")
     _check_summary(folder / "summary.json", summary, list(records.values()))
     return Evaluation(
         name=folder.name,
@@ -177,6 +256,9 @@ def _read_evaluation(folder: Path, run: Path) -> Evaluation:
         records=tuple(records.values()),
         source=str(file.relative_to(run.parent)),
         digest=_digest(file),
+        intervention=str(changed.get("name", changed.get("type")) if isinstance(changed, Mapping) else changed or ""),
+        protocol=str(summary.get("protocol", "lmms")),
+        effects=read_object(folder / "interventions.json"),
     )
 
 
@@ -190,6 +272,14 @@ def _check_summary(path: Path, summary: Mapping[str, Any], records: Sequence[Rec
                 f"{path} says {said['accuracy']} of {said['n']} for '{task}', its records say {share} of {len(found)}; "
                 "evaluate the run again"
             )
+
+
+def _read_analyses(folder: Path) -> tuple[Analysis, ...]:
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        pictures = [path for path in (file.with_suffix(".png"), file.with_suffix(".svg")) if path.is_file()]
+        found.append(Analysis(file.stem, read_object(file), pictures[0] if pictures else None))
+    return tuple(found)
 
 
 def _read_gaze(folder: Path) -> tuple[GazeSample, ...]:

@@ -19,8 +19,8 @@ from laavit.reports.figures import (
     running_mean,
     share_in_boxes,
 )
+from laavit.reports.rows import result_rows
 from laavit.reports.runs import load_runs
-from laavit.reports.tables import result_rows
 
 
 def pixels(uri: str) -> np.ndarray:

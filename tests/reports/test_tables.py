@@ -6,24 +6,15 @@ from pathlib import Path
 import pytest
 
 from laavit.evaluation.statistics import mcnemar, wilson
+from laavit.reports.rows import Row, comparisons, groups, pairs, result_rows
 from laavit.reports.runs import Evaluation, Record, Run, load_runs
-from laavit.reports.tables import (
-    EMPTY,
-    Row,
-    comparisons,
-    flatten,
-    groups,
-    p_text,
-    pairs,
-    recipe_table,
-    result_rows,
-    results_table,
-)
+from laavit.reports.table import EMPTY
+from laavit.reports.tables import flatten, p_text, recipe_table, results_table
 
 
 def row(label: str, answers: dict[tuple[str, str], bool], latents: str = "on", kind: str | None = None) -> Row:
     records = tuple(Record(task, name, right, kind) for (task, name), right in answers.items())
-    return Row(label, label.split(",")[0], Evaluation("test", latents, "", records, f"{label}/records.jsonl", ""))
+    return Row(label, label.split(",")[0], (Evaluation("test", latents, "", records, f"{label}/records.jsonl", ""),))
 
 
 def test_accuracy_and_interval_come_from_the_records(make_runs: Callable[[], list[Path]]) -> None:
@@ -39,7 +30,7 @@ def test_accuracy_and_interval_come_from_the_records(make_runs: Callable[[], lis
     colour = table.rows[2][2]
     low, high = wilson(39, 60)
     assert (colour.text, colour.detail) == ("65.0", f"[{100 * low:.1f}, {100 * high:.1f}]")
-    assert colour.source == "39 of 60: lavit/eval/test/records.jsonl" and colour.best
+    assert colour.source.startswith("39 of 60: lavit/eval/test/records.jsonl (SHA-256 ") and colour.best
     assert not table.rows[3][2].best
 
 
@@ -48,9 +39,9 @@ def test_a_pair_is_compared_on_the_questions_that_both_answered() -> None:
     # other order, two questions less, one that only this model saw, and the same id in another task
     second = row("b", {("t", str(i)): i < 15 for i in reversed(range(2, 20))} | {("t", "x"): True, ("u", "0"): True})
     (one,) = comparisons([first, second], iterations=500)
-    assert (one.gain.n, one.won, one.lost) == (18, 3, 0)
+    assert (one.gain.n, one.gain.won, one.gain.lost) == (18, 3, 0)
     assert one.gain.mean == pytest.approx(3 / 18) and one.gain.low <= 3 / 18 <= one.gain.high
-    assert one.p == pytest.approx(mcnemar([True] * 3, [False] * 3)) == pytest.approx(0.25)
+    assert one.gain.p == pytest.approx(mcnemar([True] * 3, [False] * 3)) == pytest.approx(0.25)
 
 
 def test_nothing_is_compared_without_shared_questions() -> None:
