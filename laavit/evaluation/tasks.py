@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
