@@ -1,4 +1,4 @@
-"""The second study's recipes are one line each, and its sweeps run all of them on students of their own depth."""
+"""The second study's recipes are what their names say, and its sweeps run them on students of their own depth."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ HOPS = [path for path in recipes(ZOO) if path.parent.name == "hops"]
 
 
 @pytest.mark.parametrize(("name", "depth"), [("hops", 3), ("hops_6", 6), ("hops_9", 9)])
-def test_a_sweep_runs_every_recipe_at_its_depth(name: str, depth: int) -> None:
+def test_a_sweep_runs_the_recipes_at_its_depth(name: str, depth: int) -> None:
     sweep = read_sweep(ZOO / f"microlab/sweeps/{name}.py")
     arms = read_arms(sweep, ZOO / "microlab/sweeps")
-    assert {Path(arm.recipe) for arm in arms.values() if arm.recipe} == set(HOPS)
+    used = {Path(arm.recipe) for arm in arms.values() if arm.recipe}
+    assert used <= set(HOPS) and (depth > 3 or used == set(HOPS))
     assert all(Path(arm.recipe).stem == key for key, arm in arms.items() if arm.recipe)
     assert sweep.per_seed["student.path"] == arms["base"].model == f"runs/hops/students/{depth}-{{seed}}"
     assert sweep.out and sweep.out.endswith(str(depth)) and sweep.reference in arms
