@@ -105,6 +105,9 @@ def test_the_permutation_test_within_strata_is_the_exact_one() -> None:
     ]
     exact = np.mean(np.abs(ways) >= seen - 1e-9)
     assert permutation_p(**SIMPSON) == pytest.approx(exact, abs=0.02)
+    # a stratum of 0, 0, 10, 10 whose 10s are marked: 2 of 6 ways; marks of the other stratum stay there
+    values, marked = [0.0, 0, 10, 10, *[0.0] * 10], [False, False, True, True, *[True] * 8, False, False]
+    assert permutation_p(values, marked, [0] * 4 + [1] * 10) == pytest.approx(1 / 3, abs=0.02)
     assert permutation_p([1.0, 2.0], [True, True]) is None
 
 
