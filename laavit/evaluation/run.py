@@ -168,10 +168,8 @@ def _asked(
 ) -> list[tuple[tuple[str, int], dict[str, Any]]] | None:
     """The questions asked again, as the model is now: (task, document's number) and record; None on other ranks."""
     model.written.clear()
-    model.journal = None  # it holds the answers of the evaluation itself
     with quiet_lmms_eval():
         results = _answers(model, tasks, manager, limit)
-    model.gather()
     if results is None:
         return None
     samples = results["samples"].items()
