@@ -122,6 +122,9 @@ def stand_in(words: list[str]) -> list[str]:
     elif words[:1] == ["python"]:
         words = [sys.executable, *words[1:]]
     line = " ".join(words)
+    if words[1:2] == ["sweep"]:
+        chosen = [] if "table_a2" in line else ["--only", "naive_sft"]
+        return [*words, *SWEEP, *chosen, *(["--dry-run"] if "torchrun" in words else [])]
     bench = "tools/bench/" in line
     if not bench and ("train.py" in line or "extract.py" in line or " plan " in line):
         words += SMALL
@@ -140,8 +143,15 @@ def stand_in(words: list[str]) -> list[str]:
     return words
 
 
+#: one run without questions; tests/sweeps runs more of it
+SWEEP = shlex.split(
+    "--override student.path=tiny train.steps=1 train.batch_size=1 train.precision=fp32 data.root=data/images "
+    "data.annotations=data/train.json --evaluate.tasks [] --before [] --seeds 0"
+)
+
 BENCH = {
     "attention.py": "--tokens 64 --repeats 1",
+    "evaluation.py": "--quick",
     "extract.py": "--quick",
     "reader.py": "--records 300",
     "training.py": "--tokens 64 --repeats 1 --families qwen2_5_vl --ways sft lavit",

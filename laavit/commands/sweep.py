@@ -9,6 +9,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from laavit.commands.common import Parser
 from laavit.recipe import parse_overrides, zoo_path
 from laavit.registry import UserError
@@ -31,6 +33,17 @@ def parser() -> Parser:
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms; the table holds all")
     parser.add_argument("--seeds", nargs="+", default=[], type=int, metavar="SEED", help="these seeds of the sweep's")
     parser.add_argument("--out", help="where everything goes, in place of the sweep's own")
+    parser.add_argument(
+        "--executor",
+        choices=("local", "torchrun", "slurm"),
+        default="local",
+        help="local: worker processes; torchrun: one run after another, each on all GPUs; slurm: write a job array",
+    )
+    parser.add_argument("--nproc-per-node", type=int, help="processes of a training under torchrun; default one a GPU")
+    parser.add_argument(
+        "--cell", metavar="INDEX", help="run this cell alone (a number or a name), as a job of an array does"
+    )
+    parser.add_argument("--only-before", action="store_true", help="make what has to be there first, and stop")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and what is left of them, and stop")
     parser.add_argument("--table", action="store_true", help="write the table of what is there, and stop")
     parser.add_argument("--max-minutes", type=float, help="start no further run after so many minutes")
@@ -67,11 +80,17 @@ def listed(plan: Plan, cells: Sequence[Cell]) -> str:
     return "".join(lines) + f"{len(cells)} cells, {done} done -> {plan.out}\n"
 
 
-def run(plan: Plan, sweep: Sweep | None, cells: Sequence[Cell], options: Namespace) -> None:
-    """Make what has to be there, then run the cells that are not finished."""
-    from laavit.sweeps.before import prepare
+def run(plan: Plan, sweep: Sweep | None, cells: Sequence[Cell], options: Namespace, words: Sequence[str]) -> bool:
+    """Make what has to be there, then run the cells that are not finished; whether there is something to sum up.
+
+    Args:
+        words: of this command, for the scripts that call it again.
+    """
+    from laavit.sweeps.before import missing, prepare
     from laavit.sweeps.cell import redo
+    from laavit.sweeps.launch import run_in_turn
     from laavit.sweeps.local import default_workers, run_local, shares
+    from laavit.sweeps.slurm import write_array
     from laavit.sweeps.status import Status
 
     began = time.monotonic()
@@ -82,14 +101,38 @@ def run(plan: Plan, sweep: Sweep | None, cells: Sequence[Cell], options: Namespa
             raise UserError(f"'{plan.folder(cell)}' is of another sweep: {why}; --redo starts it anew")
     todo = [cell for cell in cells if not plan.finished(cell)]
     workers = options.workers or default_workers()
+    processes = options.nproc_per_node or max(1, torch.cuda.device_count())
+    stages = sweep.stages if sweep is not None else []
     plan.write()
-    if sweep is not None and todo:
-        threads = len(shares(workers, options.threads)[0])
-        prepare(sweep.stages, todo, plan.out, workers, threads)
+    if options.executor == "slurm" and todo and not options.only_before:
+        given = sweep.slurm if sweep is not None else {}
+        sys.stdout.write(write_array(plan, todo, given, processes, words, bool(missing(stages, todo, plan.out))))
+        return False
+    prepare(stages, todo, plan.out, workers, len(shares(workers, options.threads)[0]))
     check_stores(plan, todo)
+    if options.only_before:
+        return False
     deadline = None if options.max_minutes is None else began + 60 * options.max_minutes
-    with Status(plan, todo, workers) as status:
-        run_local(plan, todo, status, workers, options.threads, deadline)
+    with Status(plan, todo, workers if options.executor == "local" else 1) as status:
+        if options.executor == "torchrun":
+            run_in_turn(plan, todo, status, processes, deadline)
+        else:
+            run_local(plan, todo, status, workers, options.threads, deadline)
+    return True
+
+
+def run_one(plan: Plan, name: str, processes: int | None) -> int:
+    """Run one cell here, as a job of an array does; returns the exit code."""
+    from laavit.sweeps.launch import run_in_turn
+    from laavit.sweeps.status import Status
+
+    cell = plan.cell(name)
+    if plan.finished(cell):
+        logger.info("%s is finished", cell.name)
+        return 0
+    with Status(plan, [cell]) as status:
+        run_in_turn(plan, [cell], status, processes or max(1, torch.cuda.device_count()), None)
+    return 1 if status.failed else 0
 
 
 def finish(plan: Plan, cells: Sequence[Cell]) -> int:
@@ -114,15 +157,18 @@ def finish(plan: Plan, cells: Sequence[Cell]) -> int:
 def main(argv: Sequence[str]) -> int:
     """Run the command with its words; returns the exit code: 1 where a cell failed."""
     options, words = parser().parse_known_args(list(argv))
-    if (options.workers is not None and options.workers < 1) or (options.threads is not None and options.threads < 1):
-        raise UserError("--workers and --threads: allowed: 1 or more")
+    for name in ("workers", "threads", "nproc_per_node"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            raise UserError(f"--{name.replace('_', '-')}: got {given}; allowed: 1 or more")
     plan, sweep = plan_from(options, parse_overrides(words))
+    if options.cell is not None:
+        return run_one(plan, options.cell, options.nproc_per_node)
     cells = plan.pick(options.only, options.seeds)
     if not options.table:
         check_tasks(plan.evaluate)
     if options.dry_run:
         sys.stdout.write(listed(plan, cells))
         return 0
-    if not options.table:
-        run(plan, sweep, cells, options)
+    if not options.table and not run(plan, sweep, cells, options, argv):
+        return 0
     return finish(plan, cells)

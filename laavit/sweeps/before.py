@@ -47,6 +47,12 @@ def marker(command: Command, out: Path) -> Path:
     return Path(command.creates) if command.creates is not None else own
 
 
+def missing(stages: Sequence[Sequence[Command]], cells: Sequence[Cell], out: Path) -> list[list[Command]]:
+    """The commands that some cells need and that are not done yet, stage by stage."""
+    found = [[each for each in expanded(stage, cells) if not marker(each, out).exists()] for stage in stages]
+    return [stage for stage in found if stage]
+
+
 def prepare(stages: Sequence[Sequence[Command]], cells: Sequence[Cell], out: Path, workers: int, threads: int) -> None:
     """Run what is not done yet, the commands of a stage side by side.
 
@@ -54,12 +60,9 @@ def prepare(stages: Sequence[Sequence[Command]], cells: Sequence[Cell], out: Pat
         UserError: a command failed, or did not leave what it was to create; its log's last lines are in the message.
     """
     console = Console(stderr=True)
-    for stage in stages:
-        todo = [command for command in expanded(stage, cells) if not marker(command, out).exists()]
+    for todo in missing(stages, cells, out):
         for command in todo:
             logger.info("$ %s", command.run)
-        if not todo:
-            continue
         waiting = f"{len(todo)} commands" if len(todo) > 1 else todo[0].run
         with console.status(waiting), ThreadPoolExecutor(workers) as pool:
             for done in [pool.submit(_run, command, out, threads) for command in todo]:

@@ -61,6 +61,7 @@ def evaluation(plan: Plan, cell: Cell, mode: str) -> tuple[str, ...]:
         words += [flag, str(value)] if value is not None else []
     if asked.interventions and mode != "off":  # what is masked cannot be intervened on
         words += ["--interventions", *asked.interventions]
+        words += ["--intervention-limit", str(asked.intervention_limit)] if asked.intervention_limit else []
     return tuple(words)
 
 

@@ -66,8 +66,9 @@ class Plan:
 
     def evaluation(self, cell: Cell, mode: str) -> Path:
         """Where the records of one mode are, as ``laavit eval`` would name it."""
-        name = "-".join(("+".join(self.evaluate.tasks), "latents", mode)).replace("/", "_")
-        return self.folder(cell) / "eval" / name
+        protocol = None if self.evaluate.protocol == "lmms" else self.evaluate.protocol
+        words = ("+".join(self.evaluate.tasks), protocol, "latents", mode)
+        return self.folder(cell) / "eval" / "-".join(filter(None, words)).replace("/", "_")
 
     def model(self, cell: Cell) -> str:
         """What is evaluated."""

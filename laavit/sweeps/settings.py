@@ -29,7 +29,8 @@ class Questions:
         data_root: local copies of the data sets. include_path: more folders of lmms-eval YAML.
         batch_size: questions a pass. limit: at most so many questions a task.
         latents: in which modes each run with latents answers: 'on', 'off', or how many; runs without have 'on' alone.
-        interventions: names for ``--interventions``. protocol: for ``--protocol``; None is the command's own default.
+        interventions: names for ``--interventions``, asked of at most ``intervention_limit`` questions a task.
+        protocol: for ``--protocol``; None is the command's own default.
     """
 
     tasks: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class Questions:
     limit: int | None = None
     latents: tuple[str, ...] = ("on",)
     interventions: tuple[str, ...] = ()
+    intervention_limit: int | None = None
     protocol: str | None = None
 
 
@@ -187,7 +189,7 @@ def modes(key: str, given: Any) -> list[str]:
 
 
 def _arm(name: str, spec: Any) -> Arm:
-    given = {"recipe": spec} if isinstance(spec, str) else _mapping(f"arms.{name}", spec or {})
+    given: dict[str, Any] = {"recipe": spec} if isinstance(spec, str) else _mapping(f"arms.{name}", spec or {})
     if given.get("latents") is not None:
         given["latents"] = modes(f"arms.{name}.latents", given["latents"])
     return Arm(**checked(f"arms.{name}", Arm, given))

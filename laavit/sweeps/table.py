@@ -20,7 +20,8 @@ from rich.progress import track
 from laavit.evaluation.statistics import Pooled, holm, pooled, pooled_difference
 from laavit.files import write_text
 from laavit.reports.runs import Evaluation, load_run
-from laavit.reports.tables import EMPTY, Cell, Table, percent
+from laavit.reports.table import EMPTY, Cell, Table
+from laavit.reports.tables import percent
 from laavit.sweeps.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,10 @@ class Row:
     seeds: Mapping[int, Evaluation]
     planned: int
 
-    def answers(self, column: Column, seeds: Sequence[int]) -> dict[tuple[str, str], list[bool]]:
-        """Question -> right or wrong of each of these seeds; the questions that all of them answered."""
+    def answers(self, column: Column, seeds: Sequence[int] | None = None) -> dict[tuple[str, str], list[bool]]:
+        """Question -> right or wrong of each of these seeds (default all); the questions that all of them answered."""
         _, task, kind = column
+        seeds = sorted(self.seeds) if seeds is None else seeds
         found: dict[tuple[str, str], list[bool]] = {}
         for seed in seeds:
             for record in self.seeds[seed].records:
@@ -102,8 +104,8 @@ def _difference(row: Row, reference: Row | None, column: Column) -> Pooled | Non
     alike = sorted(row.seeds.keys() & reference.seeds.keys())
     # One run of a model that hangs on no seed stands beside all the reference's; else a seed's runs began alike.
     paired = bool(alike) and (row.planned > 1 or reference.planned == 1)
-    ours = row.answers(column, alike if paired else sorted(row.seeds))
-    theirs = reference.answers(column, alike if paired else sorted(reference.seeds))
+    ours = row.answers(column, alike if paired else None)
+    theirs = reference.answers(column, alike if paired else None)
     both = [key for key in ours if key in theirs]
     if not both:
         return None
@@ -116,10 +118,20 @@ def results_of(plan: Plan, rows: Sequence[Row], columns: Sequence[Column]) -> li
     reference = next((row for row in rows if row.arm == plan.reference and row.mode == "on"), None)
     found = []
     for row in track(rows, "intervals", console=Console(stderr=True), transient=True):
-        answers = [row.answers(column, sorted(row.seeds)) for column in columns]
+        answers = [row.answers(column) for column in columns]
         shares = [pooled(_matrix(each)) if each else None for each in answers]
         found.append(Result(row, shares, _difference(row, reference, columns[0])))
     return found
+
+
+def _share(one: Pooled, source: str) -> Cell:
+    interval = f"[{percent(one.low)}, {percent(one.high)}]"
+    return Cell(percent(one.mean), interval, source, value=one.mean, low=one.low, high=one.high)
+
+
+def _points(one: Pooled, source: str) -> Cell:
+    interval = f"[{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
+    return Cell(f"{100 * one.mean:+.1f}", interval, source, value=one.mean, low=one.low, high=one.high)
 
 
 def table_of(plan: Plan, results: Sequence[Result], columns: Sequence[Column]) -> Table:
@@ -132,14 +144,11 @@ def table_of(plan: Plan, results: Sequence[Result], columns: Sequence[Column]) -
         row = result.row
         source = "; ".join(evaluation.source for evaluation in row.seeds.values()) or "not run"
         cells = [Cell(row.label, source=source)]
-        for share in result.shares:
-            interval = f"[{percent(share.low)}, {percent(share.high)}]" if share else ""
-            cells.append(Cell(percent(share.mean), interval, source) if share else Cell(EMPTY, source="not run"))
+        cells += [_share(share, source) if share else Cell(EMPTY, source="not run") for share in result.shares]
         if plan.reference is not None:
             one = result.difference
-            spread = f"[{100 * one.low:+.1f}, {100 * one.high:+.1f}]" if one else ""
-            cells.append(Cell(f"{100 * one.mean:+.1f}", spread, source) if one else Cell(EMPTY))
-            cells.append(Cell(f"{ps[id(result)]:.4f}" if one else EMPTY))
+            cells.append(_points(one, source) if one else Cell(EMPTY))
+            cells.append(Cell(f"{ps[id(result)]:.4f}", value=ps[id(result)]) if one else Cell(EMPTY))
         seeds = str(len(row.seeds)) + (f" of {row.planned}" if len(row.seeds) < row.planned else "")
         body.append([*cells, Cell(seeds)])
     heads = ["arm", *(title for title, _, _ in columns)]
@@ -187,4 +196,5 @@ def write_table(plan: Plan) -> Path | None:
     write_text(plan.out / f"{NAME}.csv", csv_of(results, columns))
     write_text(plan.out / f"{NAME}.md", table.to_markdown())
     write_text(plan.out / f"{NAME}.html", table.to_html())
+    write_text(plan.out / f"{NAME}.tex", table.to_latex())
     return plan.out / f"{NAME}.md"

@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -63,12 +63,12 @@ def written_to(log: Path) -> Iterator[None]:
                 os.close(former)
 
 
-def attempt(plan: Any, cell: Any, tell: Any) -> dict[str, Any]:
-    """Run a cell; whatever goes wrong in it is its own failure, and the next one's turn comes."""
-    from laavit.sweeps.cell import in_process, run_cell
+def attempt(plan: Any, cell: Any, tell: Any, call: Callable[[Sequence[str]], None]) -> dict[str, Any]:
+    """Run a cell by ``run_cell``; whatever goes wrong in it is its own failure, and the next one's turn comes."""
+    from laavit.sweeps.cell import run_cell
 
     try:
-        run_cell(plan, cell, in_process, lambda name: tell({"cell": cell.name, "event": "stage", "stage": name}))
+        run_cell(plan, cell, call, lambda name: tell({"cell": cell.name, "event": "stage", "stage": name}))
     except UserError as error:
         logger.error("error: %s", error)
         return {"event": "failed", "error": str(error)}
@@ -91,6 +91,7 @@ def main(argv: Sequence[str]) -> int:
     first = next(asked)
     import torch
 
+    from laavit.sweeps.cell import in_process
     from laavit.sweeps.plan import Plan
 
     # One thread a core, and a fixed number: other numbers sum in other orders.
@@ -102,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     while True:
         cell, started = plan.cell(name), time.monotonic()
         with written_to(plan.folder(cell) / "log.txt"):
-            found = attempt(plan, cell, tell)
+            found = attempt(plan, cell, tell, in_process)
         tell({"cell": name, "seconds": round(time.monotonic() - started, 1), **found})
         name = next(asked)
 

@@ -109,7 +109,7 @@ def test_whatever_a_cell_raises_is_its_own(
         raise error
 
     monkeypatch.setattr(cells, "run_cell", fail)
-    assert worker.attempt(None, SimpleNamespace(name="x"), None) == {"event": "failed", "error": said}
+    assert worker.attempt(None, SimpleNamespace(name="x"), print, print) == {"event": "failed", "error": said}
     assert str(error) in caplog.text
 
 

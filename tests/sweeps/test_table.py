@@ -71,6 +71,7 @@ def test_rows_say_what_is_missing(swept: Plan) -> None:
     assert body["Ours"].startswith("| Ours | 75.0 [") and "+37.5" in body["Ours"]
     assert "n = 4 questions" in "".join(lines)
     assert (swept.out / "table.html").read_text().count("<tr>") == 6
+    assert r"Ours & 75.0 {\scriptsize [" in (swept.out / "table.tex").read_text()
 
 
 def test_nothing_evaluated_is_no_table(tmp_path: Path) -> None:
