@@ -1,5 +1,5 @@
-"""Hops, no latents, the last hop, and half as many steps more."""
+"""Hops, no latents, the last hop, and three quarters more steps: the time that fed-back latents take."""
 
 _base_ = ["./gaze_final.py"]
 
-train = dict(steps=1200)
+train = dict(steps=1400)

@@ -15,10 +15,10 @@ reference = "naive_sft"
 arms = dict(
     base=dict(model="runs/hops/students/3-{seed}", label="before training"),
     naive_sft=dict(recipe=f"{_hops}naive_sft.py", label="Naive SFT"),
-    naive_sft_long=dict(recipe=f"{_hops}naive_sft_long.py", label="Naive SFT, 1.5 x the steps"),
+    naive_sft_long=dict(recipe=f"{_hops}naive_sft_long.py", label="Naive SFT, 1.75 x the steps"),
     gaze=dict(recipe=f"{_hops}gaze.py", seeds=[0], label="no latents: all boxes"),
     gaze_final=dict(recipe=f"{_hops}gaze_final.py", label="no latents: last hop"),
-    gaze_final_long=dict(recipe=f"{_hops}gaze_final_long.py", label="no latents: last hop, 1.5 x the steps"),
+    gaze_final_long=dict(recipe=f"{_hops}gaze_final_long.py", label="no latents: last hop, 1.75 x the steps"),
     gaze_layers=dict(recipe=f"{_hops}gaze_layers.py", label="no latents: hop by layer"),
     gaze_layers_reversed=dict(
         recipe=f"{_hops}gaze_layers_reversed.py", seeds=[0], label="no latents: hop by layer, reversed"
