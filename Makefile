@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup test slow lint demo clean
+.PHONY: setup test slow lint demo study clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -32,6 +32,9 @@ lint: setup
 
 demo: setup
 	$(BIN)/python tools/demo.py
+
+study: setup
+	$(BIN)/python tools/study.py --write
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

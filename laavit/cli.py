@@ -25,6 +25,7 @@ COMMANDS = {
     "gaze": ("gaze", "where models look, on samples with boxes"),
     "analyse": ("analyse", "the paper's analyses: focus, gap, attention, overlay"),
     "sweep": ("sweep", "many runs: arms, grids and seeds, one table"),
+    "study": ("study", "the micro-lab's sweeps and what its README says of them"),
     "report": ("report", "tables, curves and gaze maps of runs as one page"),
     "power": ("power", "how many questions a gain needs, and what gain they can show"),
     "plan": ("plan", "parameters and memory of a recipe, without loading weights"),

@@ -93,12 +93,14 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     return columns
 
 
-def _matrix(answers: Mapping[tuple[str, str], Sequence[bool]]) -> NDArray[np.bool_]:
-    """[S, n]"""
+def matrix(answers: Mapping[tuple[str, str], Sequence[bool]]) -> NDArray[np.bool_]:
+    """The answers of S seeds as an array, [S, n]."""
     return np.array(list(answers.values()), dtype=bool).T
 
 
-def _difference(row: Row, reference: Row | None, column: Column) -> Pooled | None:
+def difference(row: Row, reference: Row | None, column: Column) -> Pooled | None:
+    """What a row has over another on the questions that both answered, of the seeds that both have: those runs began
+    alike. None where there is nothing to compare."""
     if reference is None or row is reference or not row.seeds or not reference.seeds:
         return None
     alike = sorted(row.seeds.keys() & reference.seeds.keys())
@@ -109,7 +111,7 @@ def _difference(row: Row, reference: Row | None, column: Column) -> Pooled | Non
     both = [key for key in ours if key in theirs]
     if not both:
         return None
-    first, second = (_matrix({key: each[key] for key in both}) for each in (ours, theirs))
+    first, second = (matrix({key: each[key] for key in both}) for each in (ours, theirs))
     return pooled_difference(first, second, paired=paired)
 
 
@@ -119,8 +121,8 @@ def results_of(plan: Plan, rows: Sequence[Row], columns: Sequence[Column]) -> li
     found = []
     for row in track(rows, "intervals", console=Console(stderr=True), transient=True):
         answers = [row.answers(column) for column in columns]
-        shares = [pooled(_matrix(each)) if each else None for each in answers]
-        found.append(Result(row, shares, _difference(row, reference, columns[0])))
+        shares = [pooled(matrix(each)) if each else None for each in answers]
+        found.append(Result(row, shares, difference(row, reference, columns[0])))
     return found
 
 

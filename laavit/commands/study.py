@@ -1,0 +1,112 @@
+"""``make study``: the micro-lab's sweeps, run or gone on with, and what its README shows of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from laavit.commands import sweep
+from laavit.commands.common import Parser
+from laavit.files import write_text
+from laavit.paths import project_data
+from laavit.registry import UserError, nearest
+
+logger = logging.getLogger(__name__)
+
+#: sweep -> the arms that every other is compared with; in the order in which they are run
+SWEEPS = {
+    "table3": ("naive_sft", "lavit"),
+    "hops": ("naive_sft", "gaze_final"),
+    "hops_6": ("naive_sft", "gaze_layers"),
+    "hops_9": ("naive_sft", "gaze_layers"),
+}
+OUT = Path("runs/study")
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Between which lines of the README a sweep's results stand."""
+    return f"<!-- laavit study: {name} -->", f"<!-- laavit study: {name} end -->"
+
+
+def placed(readme: str, name: str, content: str) -> str:
+    """The README with a sweep's results between its marks.
+
+    Raises:
+        UserError: it has none.
+    """
+    begin, end = marks(name)
+    before, first, rest = readme.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise UserError(f"model_zoo/microlab/README.md lacks the marks '{begin}' and '{end}'")
+    return f"{before}{begin}\n\n{content}\n{end}{after}"
+
+
+def rendered(record: Path) -> str:
+    """A record's table as Markdown, with its picture."""
+    from laavit.sweeps.record import read_rows
+    from laavit.sweeps.study import study_table
+
+    head, rows = read_rows(record)
+    table = study_table(head["title"], rows, SWEEPS[record.stem])
+    picture = f"![{head['title']}: what each arm gains, with 95 % intervals](study/{record.stem}.png)"
+    return f"{table.to_markdown()}\n{picture}\n"
+
+
+def write(name: str, record: Path, folder: Path) -> None:
+    """Draw a record's picture beside it, and put its table into the README of ``folder``."""
+    from laavit.sweeps.record import read_rows
+    from laavit.sweeps.study import draw
+
+    head, rows = read_rows(record)
+    draw(head["title"], rows, SWEEPS[name][0], record.with_suffix(".png"))
+    readme = folder / "README.md"
+    write_text(readme, placed(readme.read_text(encoding="utf-8"), name, rendered(record)))
+
+
+def run(name: str, minutes: float | None, more: Sequence[str]) -> tuple[Any, int]:
+    """Run what is left of a sweep; returns its plan and the sweep's exit code."""
+    file = str(project_data("model_zoo") / "microlab" / "sweeps" / f"{name}.py")
+    limit = [] if minutes is None else ["--max-minutes", f"{minutes:.2f}"]
+    code = sweep.main([file, *limit, *more])
+    options, _ = sweep.parser().parse_known_args([file])
+    return sweep.plan_from(options, {})[0], code
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command with its words; returns the exit code: 1 where a run failed."""
+    parser = Parser(
+        prog="study",
+        description="The micro-lab's study. It goes on where it was stopped; its results are what runs have left.",
+    )
+    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=f"of {', '.join(SWEEPS)}; default all")
+    parser.add_argument("--max-minutes", type=float, help="start no further run after so many minutes")
+    parser.add_argument("--workers", help="runs at a time; default one a core")
+    parser.add_argument("--render", action="store_true", help="run nothing: draw the records of the model zoo again")
+    parser.add_argument("--write", action="store_true", help="put records, pictures and tables into model_zoo/microlab")
+    options = parser.parse_args(list(argv))
+    names = list(options.sweeps or SWEEPS)
+    for name in names:
+        if name not in SWEEPS:
+            raise UserError(f"study: no sweep is called '{name}'; {nearest(name, SWEEPS)}")
+    zoo = project_data("model_zoo") / "microlab"
+    began, worst = time.monotonic(), 0
+    for name in names:
+        kept = zoo / "study" / f"{name}.json"
+        if not options.render:
+            from laavit.sweeps.record import write_record
+
+            spent = (time.monotonic() - began) / 60
+            left = None if options.max_minutes is None else max(0.0, options.max_minutes - spent)
+            plan, code = run(name, left, ["--workers", options.workers] if options.workers else [])
+            worst = max(worst, code)
+            record = write_record(plan, kept if options.write else OUT / f"{name}.json")
+            if not options.write:
+                write_text(OUT / f"{name}.md", rendered(record))
+            logger.info("%s: %s", name, record)
+        if options.write or options.render:
+            write(name, kept, zoo)
+    return worst

@@ -1,0 +1,133 @@
+"""The micro-lab's study, read from its records: one table of arms, and one picture of what each arm changes.
+
+Runs of one seed began alike (initialisation, order of the data), so arms are compared run by run: intervals and p
+values are of paired runs on the same questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from laavit.evaluation.statistics import Pooled, holm, pooled
+from laavit.registry import UserError, nearest
+from laavit.reports.table import EMPTY, Cell, Table
+from laavit.reports.tables import between, percent, points
+from laavit.sweeps.table import Column, Row, columns_of, difference, matrix
+
+ALL: Column = ("all", None, None)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An arm's figures.
+
+    Args:
+        shares: by column, pooled over seeds. gains: by reference, on all questions; None against itself.
+        masked: latents off - on, of the same runs; None where that was not evaluated.
+    """
+
+    row: Row
+    shares: Sequence[Pooled]
+    gains: Sequence[Pooled | None]
+    masked: Pooled | None
+
+
+def compared(rows: Sequence[Row], references: Sequence[str]) -> tuple[list[Column], list[Compared]]:
+    """Every arm with its latents on, against the references.
+
+    Raises:
+        UserError: a reference is no arm of the record.
+    """
+    on = [row for row in rows if row.mode == "on" and row.seeds]
+    off = {row.arm: row for row in rows if row.mode == "off" and row.seeds}
+    by_arm = {row.arm: row for row in on}
+    for name in references:
+        if name not in by_arm:
+            raise UserError(f"the record has no arm '{name}'; {nearest(name, by_arm)}")
+    columns = [ALL, *columns_of(on)[1:]]
+    found = []
+    for row in track(on, "intervals", console=Console(stderr=True), transient=True):
+        shares = [pooled(matrix(row.answers(column))) for column in columns]
+        gains = [difference(row, by_arm[name], ALL) for name in references]
+        found.append(Compared(row, shares, gains, difference(off[row.arm], row, ALL) if row.arm in off else None))
+    return columns, found
+
+
+def study_table(title: str, rows: Sequence[Row], references: Sequence[str]) -> Table:
+    """Accuracy of every arm, what it gains over each reference, and what masking its latents costs it."""
+    columns, found = compared(rows, references)
+    labels = {one.row.arm: one.row.label for one in found}
+    adjusted: dict[tuple[int, int], float] = {}
+    for i in range(len(references)):
+        asked = [(place, one.gains[i]) for place, one in enumerate(found)]
+        ps = [(place, gain.p or 0.0) for place, gain in asked if gain is not None]
+        adjusted |= {(place, i): p for (place, _), p in zip(ps, holm([p for _, p in ps]))}
+    body = []
+    for place, one in enumerate(found):
+        row = one.row
+        seeds = f"{len(row.seeds)}" + (f" of {row.planned}" if len(row.seeds) < row.planned else "")
+        cells = [Cell(row.label, source=row.arm), Cell(seeds)]
+        head, *kinds = one.shares
+        low, high = max(head.low, 0.0), min(head.high, 1.0)  # of few seeds a t interval knows no bounds
+        cells.append(Cell(percent(head.mean), between(low, high), row.arm, value=head.mean))
+        cells += [Cell(percent(share.mean), source=row.arm, value=share.mean) for share in kinds]
+        cells.append(_gain(one.masked, row.arm))
+        for i, gain in enumerate(one.gains):
+            p = adjusted.get((place, i))
+            cells.append(_gain(gain, row.arm, "" if p is None else f" p {'< 0.001' if p < 1e-3 else f'= {p:.3f}'}"))
+        body.append(cells)
+    sizes = sorted({one.shares[0].n for one in found})
+    heads = ["arm", "seeds", "all [95 %]", *(title for title, _, _ in columns[1:]), "masked − on"]
+    notes = [
+        f"Per cent correct, the mean over seeds ({', '.join(map(str, sizes))} questions each); intervals are for new "
+        "seeds and new questions. Differences are in points, of the same seeds on the same questions; p by "
+        "bootstrap, adjusted by Holm over the arms of a column. Masked: the same runs, their latents cut out of "
+        "attention at inference."
+    ]
+    return Table(title, [*heads, *(f"− {labels[name]}" for name in references)], body, notes)
+
+
+def _gain(gain: Pooled | None, source: str, after: str = "") -> Cell:
+    if gain is None:
+        return Cell(EMPTY)
+    return Cell(points(gain.mean), between(gain.low, gain.high, points) + after, source, value=gain.mean)
+
+
+def draw(title: str, rows: Sequence[Row], reference: str, file: Path) -> Path:
+    """A forest plot: what each arm gains over the reference, and what masking its latents changes, with intervals."""
+    _, found = compared(rows, [reference])
+    label = next(one.row.label for one in found if one.row.arm == reference)
+    shown = [one for one in found if one.gains[0] is not None]
+    figure = Figure(figsize=(9.5, 1.4 + 0.3 * len(shown)), layout="constrained", dpi=130)
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    places = np.arange(len(shown))[::-1]
+    _forest(axes[0], places, [one.gains[0] for one in shown], "#1f5fa8", f"points over {label}")
+    _forest(axes[1], places, [one.masked for one in shown], "#b8432f", "points when the latents are masked")
+    axes[0].set_yticks(places, [one.row.label for one in shown])
+    figure.suptitle(title, fontsize=11)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    return file
+
+
+def _forest(axis: Any, places: Any, gains: Sequence[Pooled | None], colour: str, title: str) -> None:
+    axis.axvline(0, color="0.6", linewidth=1)
+    for place, gain in zip(places, gains):
+        if gain is not None:
+            axis.plot([100 * gain.low, 100 * gain.high], [place, place], color=colour, linewidth=2, alpha=0.55)
+            axis.plot(100 * gain.mean, place, "o", color=colour, markersize=5)
+    axis.set_title(title, fontsize=10)
+    axis.tick_params(labelsize=9)
+    axis.grid(axis="x", color="0.92")
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
