@@ -85,42 +85,42 @@ def model(request: pytest.FixtureRequest, export: Path, tmp_path_factory: pytest
 
 @contextmanager
 def entrances(model: Laavit) -> Iterator[list[list[Tensor]]]:
-    """What enters each decoder layer, pass by pass, after the intervention's own hooks."""
+    """What enters each decoder layer, pass by pass.
+
+    A layer's first normalisation is what reads its input, so it sees what the hooks before the layer left.
+    """
     seen: list[list[Tensor]] = [[] for _ in model.decoder.layers]
-    with model_hooks(model, seen):
-        yield seen
-
-
-@contextmanager
-def model_hooks(model: Laavit, seen: list[list[Tensor]]) -> Iterator[None]:
-    """The layer's first normalisation is what reads its input, so it sees what the hooks before the layer left."""
     handles = [
         layer.input_layernorm.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].clone()))
         for layer, kept in zip(model.decoder.layers, seen, strict=True)
     ]
     try:
-        yield
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+class FirstTokens(Observer):
+    """Keeps the distributions of the answers' first tokens, and compares nothing."""
+
+    def __init__(self) -> None:
+        super().__init__({}, None)
+        self.first: list[Tensor] = []
+
+    def _measured(self, question: Question, shares: Tensor, states: Any) -> dict[str, float | None]:
+        self.first.append(shares)
+        return {}
 
 
 def answered(
     model: Laavit, part: Intervention | None, questions: Sequence[Question]
 ) -> tuple[list[str], list[Tensor], list[Tensor]]:
     """Answers, their first tokens' distributions, and what entered each layer [B, all columns, D]."""
-    observer = Observer(NoReadings(), None)
-    noted: list[Tensor] = []
-    observer._measured = lambda question, first, states: noted.append(first) or {}  # type: ignore[method-assign, func-returns-value, assignment, return-value]
-    found: list[str] = []
-    with entrances(model) as seen, model.altered(part, observer, {}):  # type: ignore[arg-type]
+    noted = FirstTokens()
+    with entrances(model) as seen, model.altered(part, noted, {}):
         results = model.answer_and_count([q.chat for q in questions], SETTINGS, questions)
-    found = [answer.text for answer, _ in results]
-    return found, noted, [torch.cat(passes, 1) for passes in seen]
-
-
-class NoReadings(dict[tuple[str, int], Reading]):
-    """Nothing is compared."""
+    return [answer.text for answer, _ in results], noted.first, [torch.cat(passes, 1) for passes in seen]
 
 
 def readings_of(model: Laavit, questions: Sequence[Question]) -> list[Reading]:
@@ -220,7 +220,6 @@ def test_swapped_latents_and_the_oracle_are_those_of_other_readings(model: Laavi
     if model.layout.emitted:
         pytest.skip("columns are known beforehand for latents in the prompt alone")
     questions = asked()
-    length = model.encode([q.chat for q in questions])["input_ids"].shape[1]
     others = [question.partner(5) for question in questions]
     assert [other.number for other in others if other is not None] == [1, others[1].number, 1]  # type: ignore[union-attr]
     donors = {
@@ -233,11 +232,11 @@ def test_swapped_latents_and_the_oracle_are_those_of_other_readings(model: Laavi
             for row, reading in enumerate(read(model, chats)):
                 assert reading.latents is not None
                 wanted = reading.latents.layers[:, layer]
-                assert torch.equal(found[row, -len(found[row]) :][_latents_at(found, length)], wanted)
+                assert torch.equal(found[row, _latents_at(found)], wanted)
 
 
-def _latents_at(found: Tensor, length: int) -> slice:
-    """The latents' columns of the second pass of two of maybe unequal lengths: counted from its end."""
+def _latents_at(found: Tensor) -> slice:
+    """The latents' columns of the last reading, counted from the end of the answers."""
     steps = SETTINGS.max_new_tokens - 1
     return slice(found.shape[1] - steps - 5, found.shape[1] - steps - 1)
 
@@ -318,9 +317,7 @@ def test_an_answer_that_never_sees_the_latents_never_changes(export: Path) -> No
     assert changed(model, LatentIntervention(), NoisedLatents())[1] == [False] * 3
 
 
-def test_written_latents_are_read_and_replaced_where_they_come(
-    model: Laavit,
-) -> None:
+def test_written_latents_are_read_and_replaced_where_they_come(model: Laavit) -> None:
     if not model.layout.emitted:
         pytest.skip("latents in the prompt")
     questions = asked()

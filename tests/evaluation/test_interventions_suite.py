@@ -52,15 +52,21 @@ def boxed(microlab_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def standard(export: Path, boxed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluation of eight questions, six of them asked again under each intervention; one model is loaded."""
-    out, loads, asked = tmp_path_factory.mktemp("standard"), [], []
+    out = tmp_path_factory.mktemp("standard")
+    loads, asked = [], []
+
+    def counted_load(self: Laavit, *given: Any, **more: Any) -> None:
+        loads.append(given)
+        load(self, *given, **more)
+
+    def counted_answer(self: Laavit, chats: Any, *given: Any) -> Any:
+        asked.append((self.intervention, len(chats)))
+        return answer(self, chats, *given)
+
     with pytest.MonkeyPatch.context() as patch:
         load, answer = Laavit.__init__, Laavit.answer_and_count
-        patch.setattr(Laavit, "__init__", lambda self, *a, **k: loads.append(1) or load(self, *a, **k))
-        patch.setattr(
-            Laavit,
-            "answer_and_count",
-            lambda self, c, *a: asked.append((self.intervention, len(c))) or answer(self, c, *a),
-        )
+        patch.setattr(Laavit, "__init__", counted_load)
+        patch.setattr(Laavit, "answer_and_count", counted_answer)
         words = ["--tasks", "microlab_test", "--data-root", str(boxed), "--limit", "8", "--batch-size", "4"]
         more = ["--interventions", "standard", "--intervention-limit", str(LIMIT), "--out", str(out)]
         assert run("eval", [str(export), *words, *more]) == 0
