@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import sys
 from collections.abc import Iterator
 
 from loguru import logger as lmms_logger
@@ -22,10 +23,18 @@ __all__ = ["Task", "TaskManager", "quiet_lmms_eval", "simple_evaluate"]
 logger = logging.getLogger(__name__)
 
 
+class _Drawn(io.StringIO):
+    """Takes what is drawn on stderr; rich's consoles, which are this project's, find the real one through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rich_proxied_file = sys.stderr
+
+
 @contextlib.contextmanager
 def quiet_lmms_eval() -> Iterator[None]:
     """lmms-eval's logger off, and what it draws on stderr (bars of its own) kept for the debug log."""
-    drawn = io.StringIO()
+    drawn = _Drawn()
     lmms_logger.disable("lmms_eval")
     try:
         with contextlib.redirect_stderr(drawn):
