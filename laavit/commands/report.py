@@ -11,6 +11,7 @@ from laavit.commands.common import Parser
 from laavit.files import write_text
 from laavit.registry import UserError
 from laavit.reports import build_page, write_table
+from laavit.reports.runs import split_word
 from laavit.reports.sheet import fill, sheet_tables
 from laavit.reports.spec import Sheet, load_sheet
 from laavit.reports.table import Table, check_format, render
@@ -54,9 +55,16 @@ def _write(options: Namespace, sheet: Sheet | None, published: Sequence[Table]) 
     if published and out.suffix != ".html":
         write_text(out, render(published, out.suffix))
         return out
+    runs = [_labelled(word, sheet) for word in options.runs]
     described = {"title": options.title, "notes": tuple(options.notes), "labels": options.labels}
     if out.suffix != ".html":
-        return write_table(options.runs, out, **described)
+        return write_table(runs, out, **described)
     if sheet is not None and options.title == "laavit: runs compared":
         described["title"] = sheet.title
-    return build_page(options.runs, out, published=published, **described)
+    return build_page(runs, out, published=published, **described)
+
+
+def _labelled(word: str, sheet: Sheet | None) -> str:
+    """ROW=RUN with the row's label in place of its name."""
+    name, _ = split_word(word)
+    return word if sheet is None or name is None else f"{sheet.line(name).label}={word.partition('=')[2]}"

@@ -50,7 +50,10 @@ LOGGED = {
     "lr": "learning rate",
 }
 #: Logged keys that say nothing about learning.
-_HOUSEKEEPING = {"iter", "step", "epoch", "time", "data_time", "seconds", "eta", "memory", "samples_per_second"}
+_HOUSEKEEPING = {
+    *("iter", "step", "epoch", "time", "data_time", "seconds", "data_seconds", "step_seconds"),
+    *("eta", "memory", "samples_per_second"),
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _common_limits(rows: Sequence[Row]) -> tuple[float, float]:
     return max(0.0, 100 * min(one.low for one in known) - 3), min(100.0, 100 * max(one.high for one in known) + 3)
 
 
-def shortened(label: str, limit: int = 22) -> str:
+def shortened(label: str, limit: int = 20) -> str:
     """A label that fits beside an axis."""
     return label if len(label) <= limit else label[: limit - 1] + "…"
 

@@ -59,6 +59,12 @@ OPENINGS: dict[str, tuple[str, str]] = {
         "Do not read a difference smaller than its interval as a failure or a success in reproducing: with 115 to 300 "
         "questions a figure is known to about ± 5 points. A printed figure marked † cannot be right as it stands.",
     ),
+    "arms": (
+        "Each row an arm (several seeds of it pooled), each column a kind of question: per cent correct with the 95 % "
+        "interval; below, what each arm has over the reference arms on the same questions, and how sure that is.",
+        "Do not pick out the one comparison below 0.05: many are made, and the Holm value allows for that. An arm of "
+        "one run may owe its figure to its seed.",
+    ),
     "gaze": (
         "Where each model looks while it answers: brighter is more attention, each map scaled to its own maximum; the "
         "green frame is the annotated region, and below each map stands the share of its mass inside the frame.",

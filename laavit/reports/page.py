@@ -19,6 +19,7 @@ from laavit.reports.guide import GUIDE
 from laavit.reports.rows import ITERATIONS, Comparison, Row, comparisons, ordered, result_rows
 from laavit.reports.runs import GazeSample, Run, load_runs
 from laavit.reports.sections import absent, analyses, interventions, listed, section
+from laavit.reports.sheet import PAPER
 from laavit.reports.table import EMPTY, Cell, Table, check_format, render
 from laavit.reports.tables import (
     comparisons_table,
@@ -196,7 +197,10 @@ def _compared(runs: Sequence[Run]) -> str:
 
 
 def _published(tables: Sequence[Table]) -> str:
-    return section("published", "The published table", *(table.to_html() for table in tables))
+    parts = [table.to_html() for table in tables]
+    if any(PAPER in cell.text for row in tables[0].rows for cell in row[: tables[0].wide]):
+        return section("published", "The published table", *parts)
+    return section("arms", "The table", *parts)
 
 
 def _legend(colour: dict[str, str], labels: Iterable[str]) -> str:

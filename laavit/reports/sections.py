@@ -44,7 +44,7 @@ def interventions(rows: Sequence[Row]) -> str:
         return section("interventions", "What the answer depends on", absent(sentence))
     parts = []
     for number, (row, one) in enumerate(changed):
-        name = row.label + (f" ({one.source.partition('/')[0]})" if len(row.evaluations) > 1 else "")
+        name = row.label + (f", run {one.source.partition('/')[0]}" if len(row.evaluations) > 1 else "")
         parts.append(f"<h3>{html.escape(name)}</h3>")
         panels = effect_panels(one.effects, number)
         drawn = "".join(f"<figure><figcaption>{html.escape(p.title)}</figcaption>{p.svg}</figure>" for p in panels)
@@ -63,8 +63,10 @@ def analyses(runs: Sequence[Run]) -> str:
     parts = []
     for run, one in shown:
         caption = f"{one.name}, {run.label}. Figures: {run.path.name}/analysis/{one.name}.json"
+        alt = html.escape(caption, quote=True)
         parts.append(
-            f"<figure class='analysis'><img src='{_data(one.picture)}' alt='{html.escape(caption, quote=True)}'>"
+            f"<figure class='analysis'><div class='scroll' tabindex='0'>"
+            f"<img src='{_data(one.picture)}' alt='{alt}'></div>"
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
     return section("analyses", "Analyses", *parts)

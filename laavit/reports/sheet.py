@@ -145,7 +145,7 @@ def main_table(sheet: Sheet, results: Results) -> Table:
         if line.paper:
             said = PAPER if ran else f"{PAPER}; {NOT_RUN} here"
             body.append([*_heads(sheet, line, said), *(_printed(sheet, line, column) for column in sheet.columns)])
-        if ran or not line.paper:
+        if ran:
             head = _heads(sheet, line, OURS if printed else "")
             body.append([*head, *(_measured(ours[column.name], column) for column in sheet.columns)])
         if ran and line.paper:
@@ -186,9 +186,9 @@ def _measured(result: Result | None, column: Column) -> Cell:
     one = result.score
     detail = between(one.low, one.high)
     if one.sd is not None:
-        detail += f" sd {percent(one.sd)}, {one.seeds} seeds"
+        detail += f"\nsd {percent(one.sd)}, {one.seeds} seeds"
     if column.n is not None and one.n < column.n and column.score == "micro":
-        detail += f" {one.n} of {column.n} questions"
+        detail += f"\n{one.n} of {column.n} questions"
     return Cell(percent(one.mean), detail, result.source, value=one.mean, low=one.low, high=one.high)
 
 
@@ -206,6 +206,9 @@ def _apart(sheet: Sheet, line: Line, column: Column, result: Result | None) -> C
 
 def _notes(sheet: Sheet, results: Results) -> list[str]:
     notes = []
+    idle = [line.label for line in sheet.rows if not line.paper and not any(name == line.name for name, _ in results)]
+    if idle:
+        notes.append(f"Not run: {', '.join(idle)}.")
     if results:
         protocols = sorted({name for one in results.values() for name in one.protocols})
         notes.append(
@@ -259,7 +262,7 @@ def gain_table(sheet: Sheet, reference: Line, results: Results) -> Table | None:
         if any(name == line.name for name, _ in gains):
             cells = [_gained(line, reference, column, gains, adjusted, results) for column in sheet.columns]
             source = f"{line.source or sheet.source or 'the runs named in the row'}"
-            body.append([Cell(f"{line.label} − {reference.label}", source=source), *cells])
+            body.append([Cell(line.label, source=source), *cells])
     exact = sum(one.exact for one in gains.values())
     tests = {0: "the draws", len(gains): "McNemar's exact test"}.get(
         exact, "McNemar's exact test, or the draws with several seeds or images"
@@ -296,9 +299,9 @@ def _gained(
     if key not in gains:
         return Cell(EMPTY, source=NOT_RUN)
     one, (holms, bh) = gains[key], adjusted[key]
-    detail = f"{between(one.low, one.high, points)} p {_p(one.p)}, Holm {_p(holms)}, BH {_p(bh)}"
+    detail = f"{between(one.low, one.high, points)}\np {_p(one.p)}\nHolm {_p(holms)}\nBH {_p(bh)}"
     if column.name in line.paper and column.name in reference.paper:
-        detail += f"; paper {float(line.paper[column.name]) - float(reference.paper[column.name]):+.2f}"
+        detail += f"\npaper {float(line.paper[column.name]) - float(reference.paper[column.name]):+.2f}"
     source = f"{results[key].source} and {results[reference.name, column.name].source}"
     return Cell(points(one.mean), detail, source, value=one.mean, low=one.low, high=one.high)
 

@@ -52,7 +52,7 @@ class Cell:
 
     Args:
         source: a citation, or a records file and its digest; shown on hovering, and a column of the CSV.
-        best: set in bold. value, low, high: the figure as a number, for the CSV.
+        detail: its lines stay apart in HTML alone. best: set in bold. value, low, high: as numbers, for the CSV.
     """
 
     text: str
@@ -82,7 +82,9 @@ class Table:
 
     def to_html(self) -> str:
         """A ``<table>`` in a frame that scrolls sideways where the screen is narrow."""
-        head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in self.columns)
+        head = "".join(
+            f"<th scope='col'{self._words(i)}>{html.escape(column)}</th>" for i, column in enumerate(self.columns)
+        )
         body = "".join(
             f"<tr>{''.join(self._cell_html(cell, i) for i, cell in enumerate(row))}</tr>" for row in self.rows
         )
@@ -111,7 +113,7 @@ class Table:
         def text(cell: Cell) -> str:
             figure = latex(cell.text)
             figure = rf"\textbf{{{figure}}}" if cell.best else figure
-            return figure + (rf" {{\scriptsize {latex(cell.detail)}}}" if cell.detail else "")
+            return figure + (rf" {{\scriptsize {latex(' '.join(cell.detail.split()))}}}" if cell.detail else "")
 
         form = "l" * self.wide + "r" * (len(self.columns) - self.wide)
         lines = [r"\begin{table}[t]", r"\centering", rf"\caption{{{latex(self.title)}}}"]
@@ -132,20 +134,33 @@ class Table:
             label = " / ".join(cell.text for cell in row[: self.wide] if cell.text)
             for column, cell in list(zip(self.columns, row, strict=True))[self.wide :]:
                 numbers = ["" if one is None else repr(one) for one in (cell.value, cell.low, cell.high)]
-                writer.writerow([self.name or self.title, label, column, cell.text, cell.detail, *numbers, cell.source])
+                writer.writerow(
+                    [
+                        self.name or self.title,
+                        label,
+                        column,
+                        cell.text,
+                        " ".join(cell.detail.split()),
+                        *numbers,
+                        cell.source,
+                    ]
+                )
         return text.getvalue()
 
     def sources(self) -> list[str]:
         """Where the figures come from, each source once, in order."""
         return list(dict.fromkeys(cell.source for row in self.rows for cell in row if cell.source))
 
+    def _words(self, column: int) -> str:
+        return " class='word'" if 0 < column < self.wide else ""
+
     def _cell_html(self, cell: Cell, column: int) -> str:
-        tag = "th scope='row'" if column == 0 else "td class='word'" if column < self.wide else "td"
+        tag = "th scope='row'" if column == 0 else f"td{self._words(column)}"
         title = f" title='{html.escape(cell.source, quote=True)}'" if cell.source else ""
         figure = html.escape(cell.text)
         if cell.best:
             figure = f"<strong>{figure}</strong>"
-        detail = f"<small>{html.escape(cell.detail)}</small>" if cell.detail else ""
+        detail = "".join(f"<small>{html.escape(line)}</small>" for line in cell.detail.splitlines())
         return f"<{tag}{title}>{figure}{detail}</{tag.split()[0]}>"
 
 

@@ -91,7 +91,7 @@ def test_ours_paper_difference_and_interval(sheet, tmp_path: Path) -> None:
 
 def test_no_cell_is_without_a_source(sheet, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "lavit", answers(0.6, 1)), write_run(tmp_path / "h", answers(0.7, 2), "hard_gate")]
-    for name in (sheet, load_sheet("table1"), load_sheet("tableA2"), load_sheet("microlab")):
+    for name in (sheet, load_sheet("table1"), load_sheet("tableA2")):
         tables = sheet_tables(name, fill(name, runs) if name is sheet else {}, power=True)
         assert all(cell.source for table in tables for row in table.rows for cell in row)
         lines = list(csv.DictReader(io.StringIO(render(tables, ".csv"))))
@@ -107,11 +107,11 @@ def test_differences_are_paired_and_adjusted(sheet, tmp_path: Path) -> None:
     assert table is not None
     (row,) = table.rows
     expected = paired_bootstrap(two, one)
-    assert row[0].text == "hard & fast − LaViT"
+    assert row[0].text == "hard & fast" and table.title.endswith("differences to LaViT")
     assert (row[1].value, row[1].low, row[1].high) == (expected.mean, expected.low, expected.high)
     p = mcnemar(two, one)
     said = "< 0.0001" if p < 1e-4 else f"{p:.2g}"
-    assert f" p {said}, Holm " in row[1].detail and "paper -8.00" in row[1].detail
+    assert f"\np {said}\nHolm " in row[1].detail and "paper -8.00" in row[1].detail
     assert "3 comparisons" in table.notes[0] and row[4].text == "–"
 
 
