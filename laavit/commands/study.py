@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from laavit.commands import sweep
 from laavit.commands.common import Parser
-from laavit.files import write_text
+from laavit.files import read_object, write_json, write_text
 from laavit.paths import project_data
 from laavit.registry import UserError, nearest
 
@@ -23,6 +24,10 @@ SWEEPS = {
     "hops_6": ("naive_sft", "gaze_layers"),
     "hops_9": ("naive_sft", "gaze_layers"),
 }
+#: sweep -> the arms on whose first seed the standard interventions are made
+INTERVENED = {"table3": ("lavit",), "hops": ("latents_by_layer", "feedback_steps_gaze")}
+#: questions of each intervention
+LIMIT = 300
 OUT = Path("runs/study")
 
 
@@ -45,15 +50,45 @@ def placed(readme: str, name: str, content: str) -> str:
     return f"{before}{begin}\n\n{content}\n{end}{after}"
 
 
+def effects_of(record: Path, arm: str) -> Path:
+    """Where what interventions on an arm changed is kept, beside the sweep's record."""
+    return record.with_name(f"{record.stem}-{arm}-interventions.json")
+
+
 def rendered(record: Path) -> str:
-    """A record's table as Markdown, with its picture."""
+    """A record's table as Markdown, with its picture, and what interventions changed."""
+    from laavit.reports.bars import effects_table
     from laavit.sweeps.record import read_rows
     from laavit.sweeps.study import study_table
 
     head, rows = read_rows(record)
-    table = study_table(head["title"], rows, SWEEPS[record.stem])
-    picture = f"![{head['title']}: what each arm gains, with 95 % intervals](study/{record.stem}.png)"
-    return f"{table.to_markdown()}\n{picture}\n"
+    parts = [
+        study_table(head["title"], rows, SWEEPS[record.stem]).to_markdown(),
+        f"![{head['title']}: what each arm gains, with 95 % intervals](study/{record.stem}.png)\n",
+    ]
+    labels = {row.arm: row.label for row in rows if row.mode == "on"}
+    for arm in INTERVENED.get(record.stem, ()):
+        file = effects_of(record, arm)
+        if file.is_file():
+            table = replace(effects_table(read_object(file), file.name), title=f"Interventions on: {labels[arm]}")
+            parts.append(table.to_markdown())
+    return "\n".join(parts)
+
+
+def intervene(plan: Any, name: str, record: Path) -> None:
+    """Make the standard interventions on the first seed of some arms, where that is not done yet."""
+    from laavit.commands import evaluate
+
+    for arm in INTERVENED.get(name, ()):
+        cell = next(cell for cell in plan.cells if cell.arm == arm)
+        if not plan.finished(cell):
+            continue
+        asked, out = plan.evaluate, plan.folder(cell) / "eval" / f"interventions-{LIMIT}"
+        if not (out / "interventions.json").is_file():
+            words = [plan.model(cell), "--tasks", *asked.tasks, "--limit", str(LIMIT), "--out", str(out)]
+            words += ["--batch-size", str(asked.batch_size), "--interventions", "standard"]
+            evaluate.main([*words, *(["--data-root", asked.data_root] if asked.data_root else [])])
+        write_json(effects_of(record, arm), read_object(out / "interventions.json"))
 
 
 def write(name: str, record: Path, folder: Path) -> None:
@@ -104,6 +139,7 @@ def main(argv: Sequence[str]) -> int:
             plan, code = run(name, left, ["--workers", options.workers] if options.workers else [])
             worst = max(worst, code)
             record = write_record(plan, kept if options.write else OUT / f"{name}.json")
+            intervene(plan, name, record)
             if not options.write:
                 write_text(OUT / f"{name}.md", rendered(record))
             logger.info("%s: %s", name, record)
