@@ -44,6 +44,7 @@ def test_wrong_flags_exit_2() -> None:
     assert bench("--tokens", "9", "3", script="extract.py").returncode == 2
     assert bench("--kept", "0", script="extract.py").returncode == 2
     assert bench("--ways", "lavit", script="training.py").returncode == 2
+    assert bench("--batch", "0", script="evaluation.py").returncode == 2
 
 
 def test_a_small_extraction_is_compared_with_the_straightforward_one(tmp_path: Path) -> None:
@@ -129,3 +130,34 @@ def test_the_table_of_training_says_whether_the_bound_is_met(monkeypatch: pytest
     row = {"family": "f", "way": "lavit", "seconds": 1.0, "bytes": 2**20, "time_ratio": 1.1, "memory_ratio": 1.0}
     assert "| f | lavit | 1000 ms | 1 MiB | 1.10 | 1.00 | ≤ 1.10, ≤ 1.10: met |" in module.table([row])
     assert "missed" in module.table([row | {"memory_ratio": 1.11}])
+
+
+def test_the_bridge_and_one_by_one_answer_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same stored questions; repeats begin with empty caches, and another answer would stop the comparison."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
+    module = importlib.import_module("evaluation")
+    options = SimpleNamespace(
+        folder=tmp_path, device="cpu", batch=3, large=24, repeats=1, samples=5, answer=3, tokens=[4, 24]
+    )
+    vars(options).update(width=32, layers=2)
+    module.write_teacher(tmp_path / "teacher", options)
+    module.write_samples(tmp_path, "mixed", module.mixed_grids(5, 4, 24))
+    rows = module.documents(tmp_path, 5, 2)
+    assert [row["image"].size for row in rows][:2] == [rows[0]["image"].size] * 2  # two questions an image
+    ours, plain = module.bridge(rows, options), module.one_by_one(rows, options)
+    assert ours() == plain() == ours() and len(set(plain())) > 1
+
+    def compared(ways: list[str], *more: object) -> dict[str, dict[str, object]]:
+        figures = {"seconds": 2.0, "bytes": 2**20, "times": [2.0], "memory_ratio": 1.0}
+        return {way: {**figures, "figure": list(said[way]), "time_ratio": ratio[way]} for way in ways}
+
+    said = {"bridge": ["a", "b"], "one by one": ["a", "b"]}
+    ratio = {"bridge": 0.25, "one by one": 1.0}
+    monkeypatch.setattr(module, "compared", compared)
+    found = module.table(module.compare(1, options))
+    assert "| 1 | bridge | 2.5 | 4.0 | 1 MiB | ≥ 3: met |" in found
+    ratio["bridge"] = 0.4
+    assert "≥ 3: missed" in module.table(module.compare(1, options))
+    said["bridge"] = ["a", "c"]
+    with pytest.raises(RuntimeError, match="question 1: 'c' and 'b'"):
+        module.compare(1, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 def model_folder(model: str) -> tuple[str, Path]:
-    """What to evaluate, and where its results go: a run is exported first, a folder or hub name is taken as it is."""
+    """What to evaluate, and where its results go: a run is exported first, a folder or hub name is taken as it is.
+
+    Raises:
+        UserError: a run, and several processes that would export it at once.
+    """
     place = Path(zoo_path(model))
     if (place / "recipe.json").is_file():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"'{place}' is a run, which several processes would export at once; give its export")
         return str(export_run(place, place / "export")), place / "eval"
     return str(place) if place.is_dir() else model, Path("runs") / Path(model).name / "eval"
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from laavit.commands.evaluate import model_folder
 from laavit.evaluation.records import read_records
 from laavit.latents import latent_tokens
+from laavit.registry import UserError
 
 
 @pytest.fixture
@@ -65,3 +67,10 @@ def test_two_ranks_leave_the_records_of_one(
     assert one["tasks"] == two["tasks"] and one["tasks"]["microlab_test"]["latents_written"]["without"] == 7
     assert records(alone) == records(together) and len(records(alone)) == 13
     assert all(record["latents_written"] == 0 for record in records(together))
+
+
+def test_several_processes_do_not_export_a_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="is a run, which several processes would export at once; give its export"):
+        model_folder(str(tmp_path))
