@@ -128,46 +128,9 @@ def test_published_blink_from_a_local_copy(stock: Path, blink_root: Path, tmp_pa
     assert records[2]["prediction"] == answer.text.strip()
 
 
-#: task -> folder under the data root, split, the columns as published, the kinds expected, the metric and its scale
+#: task -> folder under the data root, split, the columns as published, the kinds expected, the metric and its scale;
+#: the others are in test_benchmarks.py
 PUBLISHED: dict[str, tuple[str, str, list[dict[str, Any]], set[str], str, float]] = {
-    "mmvp": (
-        "MMVP",
-        "train",
-        [
-            {
-                "Index": i + 1,
-                "Question": "is it left ?",
-                "Options": "(a) yes (b) no",
-                "Correct Answer": f"({'ab'[i % 2]})",
-            }
-            for i in range(4)
-        ],
-        set(),
-        "mmvp_accuracy",
-        1,
-    ),
-    "vstar_bench": (
-        "vstar-bench",
-        "test",
-        [
-            {"text": "how many ? (A) one (B) two", "label": "AB"[i % 2], "question_id": str(i), "category": kind}
-            for i, kind in enumerate(["direct_attributes"] * 3 + ["relative_position"] * 2)
-        ],
-        {"direct_attributes", "relative_position"},
-        "vstar_overall_acc",
-        100,
-    ),
-    "vstar_bench_direct_attributes": (
-        "vstar-bench",
-        "test",
-        [
-            {"text": "how many ? (A) one (B) two", "label": "AB"[i % 2], "question_id": str(i), "category": kind}
-            for i, kind in enumerate(["direct_attributes"] * 3 + ["relative_position"] * 2)
-        ],
-        {"direct_attributes"},
-        "vstar_direct_attributes_acc",
-        100,
-    ),
     "mmstar": (
         "MMStar",
         "val",
