@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from laavit.evaluation import generation
 from laavit.evaluation.bridge import Laavit
 from laavit.evaluation.generation import Answerer
 from laavit.evaluation.records import read_records
@@ -92,6 +93,20 @@ def test_a_stopped_evaluation_asks_only_what_is_missing(
     counted.sizes.clear()
     asked(export, microlab_data, tmp_path)  # a finished one is asked anew
     assert sum(counted.sizes) == 30
+
+
+def test_several_tasks_load_the_model_once(
+    export: Path, microlab_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, plain = [], generation._load
+
+    def load(*given: Any) -> Any:
+        loads.append(given)
+        return plain(*given)
+
+    monkeypatch.setattr(generation, "_load", load)
+    asked(export, microlab_data, tmp_path, limit=2)
+    assert len(loads) == 1
 
 
 def test_a_torn_line_is_asked_again(
