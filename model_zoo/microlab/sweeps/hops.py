@@ -8,23 +8,25 @@ _hops = "zoo:microlab/hops/"
 name = "hops_3"
 title = "Micro-lab, questions of one to three hops: a student of 3 layers"
 out = "runs/study/hops_3"
-seeds = [0, 1]  # controls: one
+seeds = [0, 1]  # some arms and the controls: one
 overrides = {"train.batch_size": 8, "train.checkpoint_every": 0, "train.tensorboard": False}
 per_seed = {"student.path": "runs/hops/students/3-{seed}"}
 reference = "naive_sft"
 arms = dict(
     base=dict(model="runs/hops/students/3-{seed}", label="before training"),
     naive_sft=dict(recipe=f"{_hops}naive_sft.py", label="Naive SFT"),
-    naive_sft_long=dict(recipe=f"{_hops}naive_sft_long.py", label="Naive SFT, 1.75 x the steps"),
+    naive_sft_long=dict(recipe=f"{_hops}naive_sft_long.py", seeds=[0], label="Naive SFT, 1.75 x the steps"),
     gaze=dict(recipe=f"{_hops}gaze.py", seeds=[0], label="no latents: all boxes"),
     gaze_final=dict(recipe=f"{_hops}gaze_final.py", label="no latents: last hop"),
-    gaze_final_long=dict(recipe=f"{_hops}gaze_final_long.py", label="no latents: last hop, 1.75 x the steps"),
+    gaze_final_long=dict(
+        recipe=f"{_hops}gaze_final_long.py", seeds=[0], label="no latents: last hop, 1.75 x the steps"
+    ),
     gaze_layers=dict(recipe=f"{_hops}gaze_layers.py", label="no latents: hop by layer"),
     gaze_layers_reversed=dict(
         recipe=f"{_hops}gaze_layers_reversed.py", seeds=[0], label="no latents: hop by layer, reversed"
     ),
-    latents=dict(recipe=f"{_hops}latents.py", label="learned latents: no gaze"),
-    latents_map=dict(recipe=f"{_hops}latents_map.py", label="learned latents: one map"),
+    latents=dict(recipe=f"{_hops}latents.py", seeds=[0], label="learned latents: no gaze"),
+    latents_map=dict(recipe=f"{_hops}latents_map.py", seeds=[0], label="learned latents: one map"),
     latents_steps=dict(recipe=f"{_hops}latents_steps.py", label="learned latents: per step"),
     latents_by_layer=dict(recipe=f"{_hops}latents_by_layer.py", label="learned latents: per step and layer"),
     latents_by_layer_gaze=dict(recipe=f"{_hops}latents_by_layer_gaze.py", seeds=[0], label="the same + answer gaze"),
@@ -37,7 +39,7 @@ arms = dict(
     latents_by_layer_shuffled=dict(
         recipe=f"{_hops}latents_by_layer_shuffled.py", seeds=[0], label="the same, shuffled"
     ),
-    feedback=dict(recipe=f"{_hops}feedback.py", label="fed-back latents: no gaze"),
+    feedback=dict(recipe=f"{_hops}feedback.py", seeds=[0], label="fed-back latents: no gaze"),
     feedback_map=dict(recipe=f"{_hops}feedback_map.py", label="fed-back latents: one map"),
     feedback_steps=dict(recipe=f"{_hops}feedback_steps.py", label="fed-back latents: per step"),
     feedback_gaze=dict(recipe=f"{_hops}feedback_gaze.py", label="fed-back latents: answer gaze alone"),
