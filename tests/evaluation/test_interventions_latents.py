@@ -331,6 +331,21 @@ def test_written_latents_are_read_and_replaced_where_they_come(model: Laavit) ->
     assert len(texts) == 3
 
 
+def test_a_model_kept_from_writing_its_latents_differs_by_a_finite_kl(model: Laavit) -> None:
+    """How answers begin is told by words alone: latents have some probability before, and none when forbidden."""
+    if not model.layout.emitted:
+        pytest.skip("latents in the prompt")
+    questions = asked()
+    readings = {q.key: one for q, one in zip(questions, readings_of(model, questions), strict=True)}
+    observer = Observer(readings, None)
+    with model.altered(MaskLatents(), observer, readings):
+        model.answer_and_count([q.chat for q in questions], SETTINGS, questions)
+    measured = [found["kl"] for found in observer.found.values() if found is not None]
+    assert len(measured) == 3 and max(measured) < 100
+    first = readings[questions[0].key].first
+    assert float(first.exp().sum()) == pytest.approx(1) and bool((first[sorted(model.markup)] == -torch.inf).all())
+
+
 def test_the_image_moves_the_latents(export: Path) -> None:
     """The shift of an observer, by hand: other images against the same; its distribution, too."""
     model, questions = Laavit(str(export)), asked()

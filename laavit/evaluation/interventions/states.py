@@ -190,9 +190,15 @@ class FirstAnswer:
 
     @property
     def log_shares(self) -> Tensor:
-        """Natural logarithms of the probabilities, float32 [B, V], on the CPU."""
+        """Natural logarithms of the probabilities, float32 [B, V], on the CPU: among words, -inf at ``markup``.
+
+        A model that is kept from writing its latents gives them none, one that may write them some: compared over
+        everything, the two would be infinitely far apart.
+        """
         assert self.logits is not None, "generate ran"
-        return self.logits.log_softmax(-1).cpu()
+        logits = self.logits.clone()
+        logits[:, sorted(self.markup)] = -torch.inf
+        return logits.log_softmax(-1).cpu()
 
 
 @dataclass(frozen=True)
