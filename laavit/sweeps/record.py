@@ -25,9 +25,10 @@ def record_of(plan: Plan) -> dict[str, Any]:
     """The record of what is there of a sweep.
 
     Returns:
-        ``questions``: [task, id, kind] each; ``rows``: arm, label, latents, seed, the hash of the weights that
-        answered, and ``right``, a bit a question in their order, as hexadecimal digits (the first question is the
-        highest bit of the first digit); and the plan's ``name``, ``title``, ``reference``.
+        ``questions``: [task, id, kind] each; ``rows``: arm, label, latents, seed, how many seeds are planned,
+        whether the arm hangs on its seed, the hash of the weights that answered, and ``right``, a bit a question in
+        their order, as hexadecimal digits (the first question is the highest bit of the first digit); and the plan's
+        ``name``, ``title``, ``reference``.
 
     Raises:
         UserError: nothing has been evaluated, or two runs answered different questions.
@@ -42,7 +43,7 @@ def record_of(plan: Plan) -> dict[str, Any]:
                 raise UserError(f"'{evaluation.source}' answers other questions than the other runs of the sweep")
             right = np.packbits([record.correct for record in evaluation.records]).tobytes().hex()
             own = {"arm": row.arm, "label": row.label, "latents": row.mode, "seed": seed, "planned": row.planned}
-            rows.append({**own, "weights": evaluation.weights, "right": right})
+            rows.append({**own, "seeded": row.seeded, "weights": evaluation.weights, "right": right})
     if questions is None:
         raise UserError(f"nothing of the sweep in '{plan.out}' has been evaluated yet")
     head = {"schema": SCHEMA, "name": plan.name, "title": plan.title, "reference": plan.reference}
@@ -74,7 +75,10 @@ def read_rows(file: Path) -> tuple[dict[str, Any], list[Row]]:
         key = one["arm"], one["latents"]
         first.setdefault(key, one)
         found.setdefault(key, {})[one["seed"]] = _evaluation(one, questions, file)
-    rows = [Row(first[key]["label"], *key, seeds, first[key]["planned"]) for key, seeds in found.items()]
+    rows = []
+    for key, seeds in found.items():
+        own = first[key]
+        rows.append(Row(own["label"], *key, seeds, own["planned"], own.get("seeded", True)))
     return content, rows
 
 

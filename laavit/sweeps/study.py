@@ -93,6 +93,8 @@ def study_table(title: str, rows: Sequence[Row], references: Sequence[str]) -> T
         "bootstrap, adjusted by Holm over the arms of a column. Masked: the same runs, their latents cut out of "
         "attention at inference."
     ]
+    if any(len(one.row.seeds) == 1 for one in found):
+        notes.append("An arm of one seed is compared with that seed's runs, and its intervals leave other seeds out.")
     return Table(title, [*heads, *(f"− {labels[name]}" for name in references)], body, notes)
 
 

@@ -33,13 +33,19 @@ Column = tuple[str, str | None, str | None]
 
 @dataclass(frozen=True)
 class Row:
-    """An arm in one mode, with the evaluations of all its seeds that are there."""
+    """An arm in one mode, with the evaluations of all its seeds that are there.
+
+    Args:
+        planned: how many seeds it is to have. seeded: whether it hangs on the seed; a model that is evaluated as it is,
+            and named without one, does not.
+    """
 
     label: str
     arm: str
     mode: str
     seeds: Mapping[int, Evaluation]
     planned: int
+    seeded: bool = True
 
     def answers(self, column: Column, seeds: Sequence[int] | None = None) -> dict[tuple[str, str], list[bool]]:
         """Question -> right or wrong of each of these seeds (default all); the questions that all of them answered."""
@@ -67,17 +73,21 @@ def rows_of(plan: Plan) -> list[Row]:
     found: dict[tuple[str, str], dict[int, Evaluation]] = {}
     labels: dict[tuple[str, str], str] = {}
     planned: dict[tuple[str, str], int] = {}
+    trained: dict[tuple[str, str], bool] = {}
     for cell in track(plan.cells, "records", console=Console(stderr=True), transient=True):
         done = {plan.evaluation(cell, mode).name: mode for mode in plan.modes(cell) if plan.evaluated(cell, mode)}
         for mode in plan.modes(cell):
             key = (cell.arm, mode)
             found.setdefault(key, {})
             planned[key] = planned.get(key, 0) + 1
+            trained[key] = cell.recipe is not None
             labels[key] = cell.label + ("" if mode == "on" else f", latents {mode}")
         for evaluation in load_run(plan.folder(cell)).evaluations if done else ():
             if evaluation.name in done:
                 found[cell.arm, done[evaluation.name]][cell.seed] = evaluation
-    return [Row(labels[key], *key, seeds, planned[key]) for key, seeds in found.items()]
+    return [
+        Row(labels[key], *key, seeds, planned[key], trained[key] or planned[key] > 1) for key, seeds in found.items()
+    ]
 
 
 def columns_of(rows: Sequence[Row]) -> list[Column]:
@@ -100,12 +110,12 @@ def matrix(answers: Mapping[tuple[str, str], Sequence[bool]]) -> NDArray[np.bool
 
 def difference(row: Row, reference: Row | None, column: Column) -> Pooled | None:
     """What a row has over another on the questions that both answered, of the seeds that both have: those runs began
-    alike. None where there is nothing to compare."""
+    alike. A model that hangs on no seed stands beside all runs of the other. None where there is nothing to compare.
+    """
     if reference is None or row is reference or not row.seeds or not reference.seeds:
         return None
     alike = sorted(row.seeds.keys() & reference.seeds.keys())
-    # One run of a model that hangs on no seed stands beside all the reference's; else a seed's runs began alike.
-    paired = bool(alike) and (row.planned > 1 or reference.planned == 1)
+    paired = bool(alike) and row.seeded and reference.seeded
     ours = row.answers(column, alike if paired else None)
     theirs = reference.answers(column, alike if paired else None)
     both = [key for key in ours if key in theirs]

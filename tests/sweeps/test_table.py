@@ -10,7 +10,7 @@ import pytest
 
 from laavit.sweeps.plan import Cell, Plan
 from laavit.sweeps.settings import Questions
-from laavit.sweeps.table import write_table
+from laavit.sweeps.table import difference, rows_of, write_table
 
 #: (arm, seed, mode) -> which of the four questions (two of each kind) are right
 ANSWERS = {
@@ -20,6 +20,7 @@ ANSWERS = {
     ("ours", 0, "on"): (1, 1, 1, 0),
     ("ours", 1, "on"): (1, 1, 0, 1),
     ("ours", 0, "off"): (1, 1, 0, 0),
+    ("control", 1, "on"): (0, 0, 0, 1),
 }
 
 
@@ -29,6 +30,7 @@ def swept(tmp_path: Path) -> Plan:
         Cell("base-s0", "base", "Base", 0, None, "m", ("on",)),
         *(Cell(f"naive-s{s}", "naive", "Naive", s, {}, None, ("on",)) for s in (0, 1)),
         *(Cell(f"ours-s{s}", "ours", "Ours", s, {}, None, ("on", "off")) for s in (0, 1)),
+        Cell("control-s1", "control", "Control", 1, {}, None, ("on",)),
         Cell("none-s0", "none", "Not run", 0, {}, None, ("on",)),
     )
     plan = Plan("t", tmp_path, cells, Questions(tasks=("quiz",)), reference="naive", title="Quiz")
@@ -58,6 +60,8 @@ def test_figures_are_those_of_the_records(swept: Plan) -> None:
     # seed 0 alone is there with latents off, and is compared with seed 0; the base with both seeds
     assert float(gains["ours", "off"]["mean"]) == 0.0 and gains["ours", "off"]["seeds"] == "1+1"
     assert float(gains["base", "on"]["mean"]) == pytest.approx(-0.125) and gains["base", "on"]["seeds"] == "1+2"
+    # a control that was trained with seed 1 alone is compared with seed 1
+    assert float(gains["control", "on"]["mean"]) == 0.0 and gains["control", "on"]["seeds"] == "1+1"
     assert all(float(row["low"]) <= float(row["mean"]) <= float(row["high"]) for row in rows.values())
     assert ("naive", "on") not in gains
 
@@ -66,12 +70,18 @@ def test_rows_say_what_is_missing(swept: Plan) -> None:
     assert write_table(swept) is not None
     lines = (swept.out / "table.md").read_text().splitlines()
     body = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
-    assert list(body)[2:] == ["Base", "Naive", "Ours", "Ours, latents off", "Not run"]
+    assert list(body)[2:] == ["Base", "Naive", "Ours", "Ours, latents off", "Control", "Not run"]
     assert body["Ours, latents off"].endswith("| 1 of 2 |") and body["Not run"].endswith("| 0 of 1 |")
     assert body["Ours"].startswith("| Ours | 75.0 [") and "+37.5" in body["Ours"]
     assert "n = 4 questions" in "".join(lines)
-    assert (swept.out / "table.html").read_text().count("<tr>") == 6
+    assert (swept.out / "table.html").read_text().count("<tr>") == 7
     assert r"Ours & 75.0 {\scriptsize [" in (swept.out / "table.tex").read_text()
+
+
+def test_a_reference_that_hangs_on_no_seed_stands_beside_all_runs(swept: Plan) -> None:
+    rows = {(row.arm, row.mode): row for row in rows_of(swept)}
+    found = difference(rows["ours", "on"], rows["base", "on"], ("all", None, None))
+    assert found is not None and found.mean == pytest.approx(0.75 - 0.25) and found.seeds == (2, 1)
 
 
 def test_nothing_evaluated_is_no_table(tmp_path: Path) -> None:
