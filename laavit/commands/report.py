@@ -55,16 +55,16 @@ def _write(options: Namespace, sheet: Sheet | None, published: Sequence[Table]) 
     if published and out.suffix != ".html":
         write_text(out, render(published, out.suffix))
         return out
-    runs = [_labelled(word, sheet) for word in options.runs]
     described = {"title": options.title, "notes": tuple(options.notes), "labels": options.labels}
     if out.suffix != ".html":
-        return write_table(runs, out, **described)
-    if sheet is not None and options.title == "laavit: runs compared":
-        described["title"] = sheet.title
-    return build_page(runs, out, published=published, **described)
+        return write_table(options.runs, out, **described)
+    if sheet is not None:
+        described["labels"] = options.labels or [_row_label(word, sheet) for word in options.runs]
+        described["title"] = sheet.title if options.title == "laavit: runs compared" else options.title
+    return build_page(options.runs, out, published=published, **described)
 
 
-def _labelled(word: str, sheet: Sheet | None) -> str:
-    """ROW=RUN with the row's label in place of its name."""
+def _row_label(word: str, sheet: Sheet) -> str | None:
+    """What the row of ROW=RUN is called; None for a run alone."""
     name, _ = split_word(word)
-    return word if sheet is None or name is None else f"{sheet.line(name).label}={word.partition('=')[2]}"
+    return None if name is None else sheet.line(name).label

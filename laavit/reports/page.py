@@ -41,7 +41,7 @@ def build_page(
     out: Path,
     *,
     title: str = TITLE,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str | None] | None = None,
     notes: Sequence[str] = (),
     seed: int = 0,
     published: Sequence[Table] = (),

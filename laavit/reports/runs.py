@@ -146,12 +146,12 @@ def load_run(path: Path, label: str | None = None) -> Run:
     )
 
 
-def load_runs(words: Sequence[Path | str], labels: Sequence[str] | None = None) -> list[Run]:
+def load_runs(words: Sequence[Path | str], labels: Sequence[str | None] | None = None) -> list[Run]:
     """Read several run folders, in the order they are to be shown; seeds of one model share a label.
 
     Args:
         words: each a run folder, LABEL=RUN or LABEL=RUN,RUN (the seeds of one model), or the folder of a sweep.
-        labels: one for each word that has none (a sweep's arms have theirs); by default the folders' names.
+        labels: one for each word, in place of its own (a sweep's arms have theirs); None: LABEL, or the folder's name.
 
     Raises:
         UserError: no folder, another number of labels than words, two models with one label, or no evaluation at all.

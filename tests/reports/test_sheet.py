@@ -200,6 +200,13 @@ def test_the_command_writes_each_format(tmp_path: Path, suffix: str, capsys: pyt
     assert "R1-OneVision" in out.read_text(encoding="utf-8")
 
 
+def test_a_row_whose_label_has_an_equals_sign_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "lavit", answers(0.6, 1))
+    out = tmp_path / "page.html"
+    assert main(["report", f"k4_600={run}", "--table", "tableA2", "--out", str(out)]) == 0, capsys.readouterr().err
+    assert "K = 4, 600 steps" in out.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
