@@ -29,23 +29,35 @@ arms = dict(
     latents_map=dict(recipe=f"{_hops}latents_map.py", seeds=[0], label="learned latents: one map"),
     latents_steps=dict(recipe=f"{_hops}latents_steps.py", label="learned latents: per step"),
     latents_by_layer=dict(recipe=f"{_hops}latents_by_layer.py", label="learned latents: per step and layer"),
-    latents_by_layer_gaze=dict(recipe=f"{_hops}latents_by_layer_gaze.py", seeds=[0], label="the same + answer gaze"),
+    latents_by_layer_gaze=dict(
+        recipe=f"{_hops}latents_by_layer_gaze.py", seeds=[0], label="learned latents: per step and layer + answer gaze"
+    ),
     latents_by_layer_newline=dict(
-        recipe=f"{_hops}latents_by_layer_newline.py", seeds=[0], label="the same, other first rows"
+        recipe=f"{_hops}latents_by_layer_newline.py",
+        seeds=[0],
+        label="learned latents: per step and layer, other first rows",
     ),
     latents_by_layer_reversed=dict(
-        recipe=f"{_hops}latents_by_layer_reversed.py", seeds=[0], label="the same, reversed"
+        recipe=f"{_hops}latents_by_layer_reversed.py", seeds=[0], label="learned latents: per step and layer, reversed"
     ),
     latents_by_layer_shuffled=dict(
-        recipe=f"{_hops}latents_by_layer_shuffled.py", seeds=[0], label="the same, shuffled"
+        recipe=f"{_hops}latents_by_layer_shuffled.py", seeds=[0], label="learned latents: per step and layer, shuffled"
     ),
     feedback=dict(recipe=f"{_hops}feedback.py", seeds=[0], label="fed-back latents: no gaze"),
     feedback_map=dict(recipe=f"{_hops}feedback_map.py", label="fed-back latents: one map"),
     feedback_steps=dict(recipe=f"{_hops}feedback_steps.py", label="fed-back latents: per step"),
     feedback_gaze=dict(recipe=f"{_hops}feedback_gaze.py", label="fed-back latents: answer gaze alone"),
     feedback_steps_gaze=dict(recipe=f"{_hops}feedback_steps_gaze.py", label="fed-back latents: per step + answer gaze"),
-    feedback_steps_reversed=dict(recipe=f"{_hops}feedback_steps_reversed.py", seeds=[0], label="the same, reversed"),
-    feedback_steps_shuffled=dict(recipe=f"{_hops}feedback_steps_shuffled.py", seeds=[0], label="the same, shuffled"),
+    feedback_steps_reversed=dict(
+        recipe=f"{_hops}feedback_steps_reversed.py",
+        seeds=[0],
+        label="fed-back latents: per step, reversed, + answer gaze",
+    ),
+    feedback_steps_shuffled=dict(
+        recipe=f"{_hops}feedback_steps_shuffled.py",
+        seeds=[0],
+        label="fed-back latents: per step, shuffled, + answer gaze",
+    ),
 )
 before = [
     [
