@@ -83,12 +83,19 @@ def intervene(plan: Any, name: str, record: Path) -> None:
         cell = next(cell for cell in plan.cells if cell.arm == arm)
         if not plan.finished(cell):
             continue
-        asked, out = plan.evaluate, plan.folder(cell) / "eval" / f"interventions-{LIMIT}"
+        # Beside eval/: there a second evaluation of the same questions would leave open which one a table shows.
+        asked, out = plan.evaluate, plan.folder(cell) / f"interventions-{LIMIT}"
         if not (out / "interventions.json").is_file():
             words = [plan.model(cell), "--tasks", *asked.tasks, "--limit", str(LIMIT), "--out", str(out)]
             words += ["--batch-size", str(asked.batch_size), "--interventions", "standard"]
             evaluate.main([*words, *(["--data-root", asked.data_root] if asked.data_root else [])])
         write_json(effects_of(record, arm), read_object(out / "interventions.json"))
+
+
+def lacking(plan: Any, name: str) -> list[str]:
+    """The arms that a sweep's table compares with and that no run has answered yet."""
+    done = {cell.arm for cell in plan.cells if "on" in plan.modes(cell) and plan.evaluated(cell, "on")}
+    return [arm for arm in SWEEPS[name] if arm not in done]
 
 
 def write(name: str, record: Path, folder: Path) -> None:
@@ -134,10 +141,15 @@ def main(argv: Sequence[str]) -> int:
         if not options.render:
             from laavit.sweeps.record import write_record
 
-            spent = (time.monotonic() - began) / 60
-            left = None if options.max_minutes is None else max(0.0, options.max_minutes - spent)
+            left = None if options.max_minutes is None else options.max_minutes - (time.monotonic() - began) / 60
+            if left is not None and left <= 0:
+                logger.info("%s: no time is left; the same command goes on", name)
+                continue
             plan, code = run(name, left, ["--workers", options.workers] if options.workers else [])
             worst = max(worst, code)
+            if absent := lacking(plan, name):
+                logger.info("%s: no table without %s; the same command goes on", name, ", ".join(absent))
+                continue
             record = write_record(plan, kept if options.write else OUT / f"{name}.json")
             intervene(plan, name, record)
             if not options.write:
