@@ -71,7 +71,10 @@ class Worker:
     def _listen(self, messages: queue.Queue[tuple[int, Any]]) -> None:
         assert self.process.stdout is not None, "a pipe was asked for"
         for line in self.process.stdout:
-            messages.put((self.number, json.loads(line)))
+            try:
+                messages.put((self.number, json.loads(line)))
+            except json.JSONDecodeError:  # what a library prints while it is imported, or a line that a kill cut off
+                logger.debug("worker %d says: %s", self.number, line.rstrip())
         messages.put((self.number, None))
 
     def give(self, cell: Cell) -> None:
