@@ -30,6 +30,7 @@ _NUMBER = re.compile(r"([$€£]?)\s*([+-]?(?:0|[1-9]\d*)(?:\.\d+)?)\s*(%?)", re
 _OPTION = re.compile(r"(?:(?<=\s)|^)(?:\(([A-Z])\)|([A-Z])[.):])\s*(.+?)(?=\s+(?:\([A-Z]\)|[A-Z][.):])\s|\s*$)", re.S)
 _LETTER = re.compile(r"[\"'\[<]*\(?([A-Z])\)?[.:);,!]?[\"'\]>]*", re.I)
 _MARKUP = re.compile(r"[*_`$]|\\(?:boxed|text(?:bf|rm|it)?|math(?:rm|bf))|\\(?=[()\[\]])|[{}]")
+_QUOTED = re.compile(r"([\"'])(\(?[A-Za-z]\)?)\1")
 #: Full-width signs and circled letters, as their plain twins.
 _WIDE = str.maketrans({**{0xFF01 + i: 0x21 + i for i in range(94)}, **{0x24B6 + i: 0x41 + i for i in range(26)}})
 #: What a model says to itself; an unclosed thought has no answer after it.
@@ -42,7 +43,7 @@ _BE = r"(?i:\s+(?:is|would\s+be|should\s+be|must\s+be|has\s+to\s+be)|\s*:)?"
 #: "the answer is (B)", "Answer: B", "option B", "it is B", "I would say B", "答案是B" ...
 _SAID = re.compile(
     rf"(?:(?:\b(?i:answer|ans\.?|option|choice|guess)|答案[是为]?){_BE}"
-    r"|(?:\A|[.!?;,\n]\s*)(?i:so\s+)?(?i:it\s+is|it's|it\s+must\s+be|this\s+is)"
+    r"|(?:\A|[.!?;,\n]\s*)(?i:so\s+)?(?i:I\s+(?:think|believe)\s+)?(?i:it\s+is|it's|it\s+must\s+be|this\s+is)"
     r"|\bI(?i:(?:'d|\s+would|'ll|\s+will)?\s+(?:choose|pick|select|say|guess|go\s+with)))"
     rf"\s*[:=-]?\s*(?i:(?:the\s+)?(?:option|choice|letter)\s+)?{_NAMED}([^.!?;\n]*)"
 )
@@ -108,7 +109,7 @@ def chosen_option(answer: str, offered: Mapping[str, str]) -> str | None:
     answer = _THOUGHT.sub("", answer.translate(_WIDE).translate(_SIGNS))
     if marked := _MARKED.findall(answer):
         answer = "".join(marked[-1])
-    text = _MARKUP.sub("", answer).strip()
+    text = _QUOTED.sub(r"\2", _MARKUP.sub("", answer).strip())
     texts = {letter: words(option) for letter, option in offered.items()}
     if alone := _LETTER.fullmatch(text):
         return alone[1].upper() if alone[1].upper() in offered else None
@@ -134,7 +135,10 @@ def _leading(text: str, texts: Mapping[str, Sequence[str]]) -> tuple[str | None,
     rest = _UNLIKE.sub("", text[found.end() - (found[0][-1] == ",") :])
     if words(rest.lstrip(" ,-")) == texts[letter]:
         return letter, True
-    taken_back = _REFUSED.match(rest) or _others(rest, letter, texts) or (words(rest) or None) in texts.values()
+    # on a line of its own it is the answer, and what follows may say why the others are not; a list is none
+    apart = re.match(r"[ \t]*\n", rest) and not any(_LETTER.fullmatch(line.strip()) for line in rest.split("\n"))
+    others = not apart and _others(rest, letter, texts)
+    taken_back = _REFUSED.match(rest) or others or (words(rest) or None) in texts.values()
     # "A: ..." is how an answer is introduced, too
     return (None if taken_back or found[0] == "A:" else letter), False
 
@@ -163,7 +167,9 @@ def _settled(found: re.Match[str], letter: str, texts: Mapping[str, Sequence[str
         return True
     if letter in "AI" and found[1] is None and _ARTICLE.match(tail):  # "the answer is A dog", "the answer I like"
         return False
-    return not (following in texts.values() or _others(tail, letter, texts) or _DENIAL.search(tail))
+    own = texts.get(letter.upper())
+    others = not (own and following[: len(own)] == own) and _others(tail, letter, texts)
+    return not (following in texts.values() or others or _DENIAL.search(tail))
 
 
 def _others(text: str, letter: str, texts: Mapping[str, Sequence[str]]) -> bool:
@@ -174,9 +180,10 @@ def _others(text: str, letter: str, texts: Mapping[str, Sequence[str]]) -> bool:
 
 def _otherwise(text: str, texts: Mapping[str, Sequence[str]]) -> str | None:
     """A letter on the last line, an option's text in place of a letter, yes or no where these are the options."""
-    *before, last = text.split("\n")
-    if before and (alone := _LETTER.fullmatch(last.strip())) and alone[1].upper() in texts:
-        return alone[1].upper()
+    *before, last = (_LETTER.fullmatch(line.strip()) for line in text.split("\n"))
+    lone = {found[1].upper() for found in (*before, last) if found}
+    if before and last and len(lone) == 1 and lone <= texts.keys():
+        return last[1].upper()
     if (stated := _STATED.search(text)) and not _LEADING.match(stated[1]):
         equal = [letter for letter, option in texts.items() if words(stated[1]) == option]
         if len(equal) == 1:
@@ -190,8 +197,9 @@ def polar(answer: str) -> str | None:
     answer = _THOUGHT.sub("", answer.translate(_WIDE))
     if marked := _MARKED.findall(answer):
         answer = "".join(marked[-1])
-    found = _POLAR.match(_MARKUP.sub("", answer))
-    return found[1].lower() if found and not _UNDECIDED.match(answer[found.start(1) :]) else None
+    text = _MARKUP.sub("", answer)
+    found = _POLAR.match(text)
+    return found[1].lower() if found and not _UNDECIDED.match(text[found.start(1) :]) else None
 
 
 def number(parts: Sequence[str]) -> tuple[Decimal, str] | None:

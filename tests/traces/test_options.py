@@ -131,6 +131,27 @@ def test_reading(answer: str, wanted: str | None, offered: dict[str, str]) -> No
 @pytest.mark.parametrize(
     ("answer", "wanted"),
     [
+        ("B\n\nExplanation: A is red, C is green.", "B"),
+        ("**(B)**\n\nThe cloth at A is red.", "B"),
+        ("B\nA", None),
+        ("A\nred\nB\ndark blue", None),
+        ('The answer is "B".', "B"),
+        ("The answer is 'B', not 'A'.", "B"),
+        ("The letter 'B' is on the wall", None),
+        ("I think it's B", "B"),
+        ("I don't think it's B", None),
+        ("The correct answer is: (B) dark blue, which is left of A.", "B"),
+        ("The answer is (B) green, which is left of A.", None),
+        ("The answer is (B) dark blue or (A) red", None),
+    ],
+)
+def test_explanations_that_name_other_letters(answer: str, wanted: str | None) -> None:
+    assert chosen_option(answer, COLOURS) == wanted
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
         ("Yes", "yes"),
         ("no.", "no"),
         ("**No**, there is none", "no"),
@@ -142,6 +163,7 @@ def test_reading(answer: str, wanted: str | None, offered: dict[str, str]) -> No
         ("Yes or no", None),
         ("Yes and no", None),
         ("No idea.", None),
+        ("**__Answer__:** No idea", None),
         ("no way to tell", None),
         ("I see no dog", None),
         ("Nothing", None),
