@@ -80,7 +80,8 @@ class CachedImages:
         if self._digests is not None and id(image) in self._digests:
             return self._digests[id(image)][1]
         digest = hashlib.blake2b(image.tobytes(), digest_size=16)
-        digest.update(repr((image.mode, image.size)).encode())
+        palette = (image.getpalette(), image.info.get("transparency")) if image.palette else None  # pixels are numbers
+        digest.update(repr((image.mode, image.size, palette)).encode())
         if self._digests is not None:
             self._digests[id(image)] = image, digest.hexdigest()
         return digest.hexdigest()

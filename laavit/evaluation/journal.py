@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,8 +150,8 @@ class Journal:
 
 
 def files(folder: Path) -> list[Path]:
-    """All ranks' files."""
-    return sorted(folder.glob(PATTERN))
+    """All ranks' files, and nobody else's: they are deleted in the end."""
+    return sorted(file for file in folder.glob(PATTERN) if re.fullmatch(r"answers(-\d+)?\.jsonl", file.name))
 
 
 def drop(folder: str | Path) -> None:

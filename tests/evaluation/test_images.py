@@ -45,6 +45,15 @@ def test_pixels_decide_not_the_object(inner: Any) -> None:
     assert cached.misses == 3  # other settings, another entry
 
 
+def test_a_palette_is_part_of_the_pixels() -> None:
+    """Two indexed images of equal numbers and other colours are two images."""
+    red, blue = Image.new("P", (4, 4), 1), Image.new("P", (4, 4), 1)
+    red.putpalette([0, 0, 0, 255, 0, 0])
+    blue.putpalette([0, 0, 0, 0, 0, 255])
+    cached = CachedImages(None, 2**20)
+    assert cached.digest(red) != cached.digest(blue) and cached.digest(red) == cached.digest(red.copy())
+
+
 def test_least_recently_used_go_first(inner: Any) -> None:
     one = inner([picture(0, (32, 32))], return_tensors="pt")["pixel_values"].nbytes
     cached = CachedImages(inner, 2 * one)

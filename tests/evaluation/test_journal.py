@@ -83,8 +83,9 @@ def test_every_rank_writes_its_own_and_reads_all(tmp_path: Path) -> None:
         journal.close()
     assert len(Journal(tmp_path, ABOUT)) == 5
     assert (tmp_path / "answers-2.jsonl").read_bytes() == before + b'{"torn'  # nobody writes into another's file
+    (tmp_path / "answers_of_mine.jsonl").write_text("kept\n")
     drop(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["answers_of_mine.jsonl"]
 
 
 def test_answers_of_another_evaluation_are_refused_by_name(tmp_path: Path) -> None:
