@@ -71,11 +71,12 @@ def _prompted(doc: Mapping[str, Any]) -> Question:
 
 def _mmstar(doc: Mapping[str, Any]) -> Question:
     question, word, listed = doc["question"].strip().rpartition("Options:")
-    if word and (texts := _lettered(_LISTED.findall(listed.strip()))):
-        return _listed(question, texts, doc["answer"])
+    answer = doc["answer"].strip()
+    if word and answer in (texts := _lettered(_LISTED.findall(listed.strip()))):
+        return _listed(question, texts, answer)
     # questions in another form stay as they are published; letters alone are read where the options cannot be
-    texts = options(doc["question"]) or dict.fromkeys("ABCD", "")
-    return Question(doc["question"].strip(), doc["answer"].strip(), texts)
+    texts = options(doc["question"])
+    return Question(doc["question"].strip(), answer, texts if answer in texts else dict.fromkeys("ABCD", ""))
 
 
 def _hallusion(doc: Mapping[str, Any]) -> Question:
@@ -101,11 +102,18 @@ def question_of(doc: Mapping[str, Any]) -> Question:
     """A document of any of the benchmarks.
 
     Raises:
-        UserError: its columns are none of theirs.
+        UserError: its columns are none of theirs, or the right answer is none of those that it offers.
     """
     for columns, reader in SCHEMAS:
         if columns <= doc.keys():
-            return reader(doc)
+            question = reader(doc)
+            offered = list(question.offered) or ["yes", "no"]
+            if question.target not in offered:  # every answer would be wrong
+                raise UserError(
+                    f"the answer {question.target!r} is none of {', '.join(offered)}, "
+                    f"which are offered by {question.text!r}"
+                )
+            return question
     raise UserError(f"a question has the columns {', '.join(doc)}, which are no benchmark's (eval/README.md)")
 
 

@@ -161,6 +161,10 @@ def test_prompts_of_the_papers_protocol(root: Path) -> None:
     assert texts["pope"] == "Is there a snowboard in the image?\nAnswer with yes or no directly."
     [message] = doc_to_messages(documents["blink_forensic_detection"][0])
     assert [part["type"] for part in message["content"]] == ["image"] * 4 + ["text"]
+    with pytest.raises(UserError, match="'C' is none of A, B, which are offered by 'Which"):
+        question_of(documents["mmvp"][0] | {"Question": "Which?", "Correct Answer": "(c)"})
+    unreadable = documents["mmstar"][0] | {"question": "What? Options: A: one, B: two", "answer": "C"}
+    assert list(question_of(unreadable).offered) == list("ABCD")  # not all options could be read: letters alone
     with pytest.raises(UserError, match="no benchmark's"):
         question_of({"question": "What?", "reply": ""})
 
