@@ -33,6 +33,7 @@ def make_records(
     metrics: Sequence[str],
     seconds: Mapping[Any, float],
     written: Mapping[Any, int] | None = None,
+    whole: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Records of one task from lmms-eval's logged samples, in the order of its documents.
 
@@ -40,13 +41,15 @@ def make_records(
         task: its name. samples: lmms-eval's ``results["samples"][task]``.
         metrics: the task's metric names, in its own order; the first one found in a sample judges it.
         seconds: a document's index -> seconds of generation. written: the same -> latents that the model wrote.
+        whole: the columns ``ID_COLUMNS`` of all documents, where the samples may be some of them: a question has the
+            same id however many others are asked.
 
     Raises:
         UserError: the task does not judge single answers as right or wrong, or its data lack a column.
     """
     entry = benchmarks().get(task)
     samples = sorted(samples, key=lambda sample: sample["doc_id"])
-    column = _id_column([sample["doc"] for sample in samples])
+    column = _id_column([sample["doc"] for sample in samples] if whole is None else whole)
     records = []
     for sample in samples:
         document = sample["doc"]

@@ -22,7 +22,7 @@ from laavit.evaluation.bridge import Laavit
 from laavit.evaluation.interventions.suite import Suite, check
 from laavit.evaluation.journal import drop
 from laavit.evaluation.lmms import Task, TaskManager, quiet_lmms_eval, simple_evaluate
-from laavit.evaluation.records import make_records, summarise, weights_sha256, write_records
+from laavit.evaluation.records import ID_COLUMNS, make_records, summarise, weights_sha256, write_records
 from laavit.evaluation.tasks import load_tasks, task_manager
 from laavit.files import write_json
 from laavit.registry import UserError
@@ -183,7 +183,11 @@ def _records(results: dict[str, Any], model: Laavit) -> list[dict[str, Any]]:
         metrics = [str(entry["metric"]) for entry in results["configs"][task]["metric_list"]]
         seconds = {doc_id: value for (name, doc_id), value in model.seconds.items() if name == task}
         written = {doc_id: value for (name, doc_id), value in model.written.items() if name == task}
-        records += make_records(task, samples, metrics, seconds, written)
+        splits = results["configs"][task]
+        documents = model.task_dict[task][splits.get("test_split") or splits["validation_split"]]
+        named = [name for name in ID_COLUMNS if name in documents.column_names]
+        whole = list(documents.select_columns(named)) if named else None
+        records += make_records(task, samples, metrics, seconds, written, whole)
     return records
 
 

@@ -80,6 +80,17 @@ def test_records_keep_groups_and_what_was_read() -> None:
         make_records("mmvp", [sample | {"doc": {"Question": ""}}], ["acc"], {})
 
 
+def test_a_question_has_the_same_id_however_many_are_asked() -> None:
+    """POPE counts its questions anew in each part: among the first ones alone these numbers are unique."""
+    documents = [{"question_id": number, "category": kind} for kind in ("random", "popular") for number in (1, 2)]
+    samples = [
+        {"doc_id": i, "doc": doc, "filtered_resps": ["?"], "target": "A", "acc": 1} for i, doc in enumerate(documents)
+    ]
+    everything = make_records("t", samples, ["acc"], {}, whole=documents)
+    some = make_records("t", samples[:2], ["acc"], {}, whole=documents)
+    assert [record["id"] for record in everything] == ["0", "1", "2", "3"] and some == everything[:2]
+
+
 def test_the_registry_is_whole() -> None:
     names = benchmarks()
     assert sum(names[name].questions for name in names["blink"].members) == names["blink"].questions == 1901
