@@ -32,7 +32,8 @@ class TrainSettings:
         grouped: put all samples of one group into one batch, for example all questions about one image; the data set
             must have an attribute ``groups``, one hashable key a sample.
         shared_prefix: read what the samples of a micro-batch begin with alike (system prompt and image, where
-            questions are about the same one) once, with the same gradient; ``grouped`` brings such samples together.
+            questions are about the same one) once, with the same gradient (dropout aside, which draws other numbers);
+            ``grouped`` brings such samples together.
         lr: peak learning rate of AdamW.
         betas: AdamW's decay rates of the first and second moment.
         weight_decay: AdamW's decoupled decay of matrices; vectors (norms, biases) are never decayed.

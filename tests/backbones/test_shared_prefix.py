@@ -89,6 +89,20 @@ def test_shared_equals_separate(
         assert (found[3][name] - grad).norm() <= 1e-6 * grad.norm().clamp(min=1e-3), name
 
 
+def test_adapters_learn_the_same(folder_of: Callable[[str], Path], samples: list[Sample]) -> None:
+    """Without dropout, which draws as many numbers as there are positions."""
+    student = student_of(folder_of("qwen2_5_vl"), "feedback", lora={"rank": 2, "dropout": 0.0})
+    torch.manual_seed(1)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:  # they start at zero, and with them all gradients of the others
+            torch.nn.init.normal_(parameter, std=0.05)
+    apart, together = batches(student, asked(samples))
+    expected, found = read(student, apart), read(student, together)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-9)
+    for name, grad in expected[3].items():
+        assert (found[3][name] - grad).norm() <= 1e-6 * grad.norm().clamp(min=1e-3), name
+
+
 def test_checkpointing_changes_nothing(folder_of: Callable[[str], Path], samples: list[Sample]) -> None:
     student = student_of(folder_of("qwen2_5_vl"), "feedback").train()
     _, batch = batches(student, asked(samples))
