@@ -123,11 +123,19 @@ def _seeds(name: str, runs: Sequence[Run]) -> None:
         first = flat[0][1]
         differs = [
             key
-            for key in first
-            if key in other and first[key] != other[key] and key not in PLACES and not key.startswith(LOOSE)
+            for key in dict.fromkeys((*first, *other))
+            if _told(key, first, other) and key not in PLACES and not key.startswith(LOOSE)
         ]
         if differs:
+            one, two = (recipe.get(differs[0], "not there") for recipe in (first, other))
             raise UserError(
                 f"row '{name}' was given {flat[0][0].path} and {run.path}, which are no seeds of one arm: "
-                f"{differs[0]} is {first[differs[0]]} and {other[differs[0]]}"
+                f"{differs[0]} is {one} and {two}"
             )
+
+
+def _told(key: str, first: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether a key differs. One that a recipe lacks is a setting it does not know yet, but a part is there or not."""
+    if key in first and key in other:
+        return first[key] != other[key]
+    return key.endswith(".type")
