@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -36,6 +37,11 @@ COMMANDS = {
     "demo": ("demo", "the embedded experiment, end to end"),
 }
 
+#: what a user's disk or path can do to any command; other errors of the system are ours, and show where they came from
+DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+#: how a command that was stopped goes on; others begin again
+GOES_ON = {"train": " with --resume", "extract": "", "eval": "", "sweep": "", "study": ""}
+
 
 def run(command: str, argv: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 2."""
@@ -52,8 +58,15 @@ def run(command: str, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `laavit list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in DISK or error.filename is None:
+            raise
+        sys.stderr.write(f"error: '{error.filename}' cannot be read or written: {error.strerror}\n")
+        return 2
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; what was finished is kept, and the same command with --resume goes on\n")
+        how = GOES_ON.get(command)
+        kept = "" if how is None else f"; what was finished is kept, and the same command{how} goes on"
+        sys.stderr.write(f"stopped{kept}\n")
         return 130
 
 

@@ -91,6 +91,11 @@ def zoo_path(path: str) -> str:
     return str(project_data("model_zoo") / path.removeprefix("zoo:")) if path.startswith("zoo:") else path
 
 
+def is_local(path: str) -> bool:
+    """Whether a model's name can only be a folder here: the hub's names are NAME or OWNER/NAME."""
+    return path.startswith(("zoo:", "/", ".", "~")) or path.count("/") > 1
+
+
 def resolve(key: str, kind: str, spec: object) -> dict[str, Any]:
     """A component of a recipe -> ``dict(type=..., **arguments)`` with names looked up, arguments not yet checked.
 

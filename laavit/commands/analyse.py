@@ -26,7 +26,9 @@ ANALYSES = {
 
 
 def _parser(name: str) -> Parser:
-    parser = looker_parser(f"analyse {name}", f"{ANALYSES[name]}; writes OUT/{name}.json and OUT/{name}.png.")
+    parser = looker_parser(
+        f"analyse {name}", f"{ANALYSES[name]}; writes OUT/{name}.json and OUT/{name}.png.", "analysis"
+    )
     parser.add_argument("--limit", type=int, help="samples, drawn at random; all by default")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument("--batch-size", type=int, default=32)

@@ -18,10 +18,14 @@ DATA = (
 )
 
 
-def looker_parser(prog: str, description: str) -> Parser:
-    """A parser of ``OUT NAME=FOLDER ...`` and data; the readers' own flags are taken off by ``parse_looking``."""
+def looker_parser(prog: str, description: str, shown: str = "gaze") -> Parser:
+    """A parser of ``OUT NAME=FOLDER ...`` and data; the readers' own flags are taken off by ``parse_looking``.
+
+    Args:
+        shown: the folder of a run that its report shows.
+    """
     parser = Parser(prog=prog, description=description, epilog=DATA, allow_abbrev=False)
-    parser.add_argument("out", type=Path, help="folder to write, for example RUN/gaze")
+    parser.add_argument("out", type=Path, help=f"folder to write; RUN/{shown} is shown by `laavit report RUN`")
     parser.add_argument(
         "lookers", nargs="+", help="NAME=FOLDER, or NAME=FOLDER@latents, or NAME=FOLDER@header+answer@-2,-1"
     )

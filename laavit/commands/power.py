@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
         "--discordant", type=float, help="questions that exactly one of the two answers, per cent; default: bounds"
     )
     parser.add_argument("--power", type=float, default=80.0, help="the chance to find the gain, per cent")
-    parser.add_argument("--level", type=float, default=95.0, help="the test's level, per cent")
+    parser.add_argument("--level", type=float, default=95.0, help="100 less the test's α, per cent: 95 is α = 0.05")
     parser.add_argument("--comparisons", type=int, default=1, help="tests in all: α is shared out (Bonferroni)")
     options = parser.parse_args(list(argv))
     if options.gain is None and options.n is None:
@@ -30,6 +30,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--comparisons {options.comparisons} was given; allowed: whole numbers from 1")
     if not 0 <= options.baseline <= 100:
         raise UserError(f"--baseline {options.baseline:g} was given; allowed: 0 to 100 per cent")
+    for name in ("power", "level"):
+        given = getattr(options, name)
+        if not 1 <= given < 100:
+            raise UserError(f"--{name} {given:g} was given; allowed: per cent, from 1 to less than 100")
     level = 1 - (1 - options.level / 100) / options.comparisons
     lines = [] if options.gain is None else _needed(options, level)
     if options.n is not None:
@@ -40,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _needed(options: argparse.Namespace, level: float) -> list[str]:
     baseline, gain, power = options.baseline / 100, options.gain / 100, options.power / 100
+    if gain == 0:
+        raise UserError("--gain 0 was given; allowed: points other than 0")
     if not 0 <= baseline + gain <= 1:
         raise UserError(f"--gain {options.gain:g} on --baseline {options.baseline:g} leaves 0 to 100 per cent")
     cases = {"as given": options.discordant / 100} if options.discordant is not None else {}
@@ -48,8 +54,9 @@ def _needed(options: argparse.Namespace, level: float) -> list[str]:
     lines = [f"{options.gain:+g} points on {options.baseline:g} %, found with {options.power:g} % power:"]
     for name, discordance in cases.items():
         n = questions_needed(gain, discordance, power, level)
-        exact = 100 * mcnemar_power(n, gain, discordance, level)
-        said = f"(the exact test's power there: {exact:.0f} %)" if n <= 200_000 else ""
+        said = ""
+        if n <= 200_000:  # of millions it takes hours
+            said = f"(the exact test's power there: {100 * mcnemar_power(n, gain, discordance, level):.0f} %)"
         lines.append(f"  {100 * discordance:5.1f} % discordant, {name:26} {n:7} questions  {said}".rstrip())
     return lines
 

@@ -24,7 +24,7 @@ from laavit.evaluation.bridge import read_export
 from laavit.files import write_json, write_text
 from laavit.images import open_image
 from laavit.latents import LatentLayout, layout_of
-from laavit.recipe import zoo_path
+from laavit.recipe import is_local, zoo_path
 from laavit.registry import UserError
 from laavit.structures import Sample, Trace
 from laavit.teachers import ExtractSettings, HFTeacher
@@ -89,14 +89,28 @@ def check_looker(looker: Looker) -> LatentLayout:
     """The latents that the looker's prompts hold; costs no weights.
 
     Raises:
-        UserError: its rows are of latents, and it has none; or they are of no kind.
+        UserError: its folder is none of a model, its rows are of latents, and it has none; or they are of no kind.
     """
     check_kinds(f"{looker.name}: rows", looker.rows)
+    _check_folder(looker)
     # Where the number varies, as many as a prompt holds at inference; emitted ones stand before the answer.
     layout = replace(layout_of(read_export(zoo_path(looker.folder))), least=None)
     if "latents" in looker.rows and not layout.most:
         raise UserError(f"{looker.name}: '{looker.folder}' has no latents; its rows are header+answer")
     return layout
+
+
+def _check_folder(looker: Looker) -> None:
+    """Raises: UserError: a folder that is not there, or holds no model; a hub name is left to the hub."""
+    folder = Path(zoo_path(looker.folder))
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "export").is_dir():
+        raise UserError(f"{looker.name}: '{looker.folder}' is a run; give its export, '{looker.folder}/export'")
+    if folder.is_dir():
+        raise UserError(f"{looker.name}: '{looker.folder}' holds no model (config.json is missing)")
+    if is_local(looker.folder):
+        raise UserError(f"{looker.name}: there is no folder '{looker.folder}'")
 
 
 def check_lookers(lookers: Sequence[Looker]) -> list[LatentLayout]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -80,20 +81,13 @@ def evaluate(
         raise UserError(f"limit={limit} was given; allowed: whole numbers from 1, or none for all questions")
     import_custom(model_arguments.get("imports", ()), Path(), "imports")  # which may register interventions
     suite = Suite.of(interventions, limit, intervention_limit) if interventions else None
-    started = time.perf_counter()
-    console = Console(stderr=True)
+    started, console = time.perf_counter(), Console(stderr=True)
     with quiet_lmms_eval():
         task_objects = load_tasks(tasks, include_path, data_root, protocol)
         model = Laavit(
-            str(model_folder),
-            batch_size=batch_size,
-            latents=latents,
-            device=device,
-            dtype=dtype,
-            system=system,
-            intervention=intervention,
-            **model_arguments,
-        )
+            str(model_folder), batch_size=batch_size, latents=latents, device=device, dtype=dtype, system=system,
+            intervention=intervention, **model_arguments,
+        )  # fmt: skip
         model.console = console  # its bar is the one thing shown
         check(model, task_objects)
         if suite is not None:
@@ -108,21 +102,15 @@ def evaluate(
             suite.run(model, task_objects, None, ask, Path(out))
         return None
     records = _records(results, model)
-    summary = {
+    about: dict[str, Any] = {
         "model": str(model_folder),
-        "weights_sha256": weights_sha256(model_folder),
-        "latents": model.latents,
         "intervention": intervention,
-        "system": model.system,
         "protocol": protocol,
         "limit": limit,
-        "resumed": 0 if journal is None else len(journal),
-        "seconds": round(time.perf_counter() - started, 3),
-        "lmms_eval": results["lmms_eval_version"],
-        "tasks": summarise(records),
     }
-    for name, entry in summary["tasks"].items():
-        entry["metrics"] = _metrics(results["results"][name])
+    about |= {"weights_sha256": weights_sha256(model_folder), "resumed": len(journal or ())}
+    about |= {"seconds": round(time.perf_counter() - started, 3)}
+    summary = about | _settings(model) | _figures(results, records)
     _write(Path(out), records, summary)
     logger.info("%d answers in %.1f s -> %s", len(records), summary["seconds"], out)
     if suite is not None:
@@ -131,8 +119,33 @@ def evaluate(
     return summary
 
 
+def _settings(model: Laavit) -> dict[str, Any]:
+    """What answers depend on beside weights and questions."""
+    images = model.processor.image_processor
+    return {
+        "latents": model.latents,
+        "system": model.system,
+        "batch_size": model.batch_size,
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "attention": str(model.model.config._attn_implementation),
+        "image_size": dict(getattr(images, "size", None) or {}),
+    }
+
+
+def _figures(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The tasks' figures: ours from the records, and lmms-eval's own."""
+    tasks = summarise(records)
+    for name, entry in tasks.items():
+        entry["metrics"] = _metrics(results["results"][name])
+    return {"lmms_eval": results["lmms_eval_version"], "tasks": tasks}
+
+
 def _write(out: Path, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     try:
+        # what interventions did to former answers is no finding about these
+        shutil.rmtree(out / "interventions", ignore_errors=True)
+        (out / "interventions.json").unlink(missing_ok=True)
         write_records(out / "records.jsonl", records)
         write_json(out / "summary.json", summary)
     except OSError as error:

@@ -77,7 +77,7 @@ def load_tasks(
     known = set(manager.all_tasks)
     for name in names:
         if name not in known:
-            raise UserError(f"no task is called '{name}'; {_nearest_task(name, known)}")
+            raise UserError(f"no task is called '{name}'; {near_tasks(name, known)}")
     leaves = list(dict.fromkeys(_leaves(manager, names)))
     if strangers := [name for name in leaves if protocol == "paper" and name not in benchmarks()]:
         raise UserError(f"task '{strangers[0]}' has no protocol 'paper'; {nearest(strangers[0], benchmarks())}")
@@ -85,7 +85,7 @@ def load_tasks(
     return [_load_task(manager, name, root, protocol) for name in leaves]
 
 
-def _nearest_task(name: str, known: set[str]) -> str:
+def near_tasks(name: str, known: set[str]) -> str:
     """The nearest names, not all of lmms-eval's thousand."""
     alike = sorted(task for task in known if name in task or task in name)[:8]
     _, hint, rest = nearest(name, known).partition(" (did you mean")

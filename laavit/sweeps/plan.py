@@ -21,7 +21,7 @@ from rich.progress import track
 from laavit.compatibility import check
 from laavit.files import read_object, write_json
 from laavit.paths import EXPORT_CARD
-from laavit.recipe import Recipe, load_recipe, zoo_path
+from laavit.recipe import Recipe, is_local, load_recipe, zoo_path
 from laavit.registry import UserError, nearest
 from laavit.sweeps.settings import Arm, Questions, Sweep, read_arms, seeds_of, with_seed
 
@@ -232,7 +232,11 @@ def check_stores(plan: Plan, cells: Iterable[Cell]) -> None:
     from laavit.traces.shards import read_header
 
     for cell in cells:
-        if cell.recipe is None or plan.finished(cell):
+        if plan.finished(cell):
+            continue
+        if cell.recipe is None:
+            if is_local(str(cell.model)) and not Path(plan.model(cell)).is_dir():
+                raise UserError(f"{cell.name}: there is no model at '{cell.model}'; 'before' can make it")
             continue
         config = cell.recipe
         annotations = (config.get("data") or {}).get("annotations")
@@ -252,11 +256,10 @@ def check_tasks(questions: Questions) -> None:
     Raises:
         UserError: one is not; it names the nearest.
     """
-    from laavit.evaluation.tasks import task_manager
+    from laavit.evaluation.tasks import near_tasks, task_manager
 
     if questions.tasks:
-        known = task_manager(questions.include_path).all_tasks
+        known = set(task_manager(questions.include_path, questions.tasks).all_tasks)
         for task in questions.tasks:
             if task not in known:
-                near = [name for name in known if name in task or task in name][:8]
-                raise UserError(f"evaluate.tasks: no task is called '{task}'; {nearest(task, near or known[:20])}")
+                raise UserError(f"evaluate.tasks: no task is called '{task}'; {near_tasks(task, known)}")

@@ -6,13 +6,14 @@ differences) follow from it, so that a table can be drawn again, or doubted, wit
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from laavit.files import read_object, write_json
+from laavit.files import read_object, write_text
 from laavit.registry import UserError
 from laavit.reports.runs import Evaluation, Record
 from laavit.sweeps.plan import Plan
@@ -53,7 +54,7 @@ def record_of(plan: Plan) -> dict[str, Any]:
 def write_record(plan: Plan, file: Path) -> Path:
     """Write ``record_of`` as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, record_of(plan))
+    write_text(file, json.dumps(record_of(plan), ensure_ascii=False) + "\n")
     return file
 
 

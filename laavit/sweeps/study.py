@@ -24,6 +24,8 @@ from laavit.reports.tables import between, percent, points
 from laavit.sweeps.table import Column, Row, columns_of, difference, matrix
 
 ALL: Column = ("all", None, None)
+#: points that an axis shows at least, on both sides of zero
+LEAST = 5.0
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def _forest(axis: Any, places: Any, gains: Sequence[Pooled | None], colour: str,
         if gain is not None:
             axis.plot([100 * gain.low, 100 * gain.high], [place, place], color=colour, linewidth=2, alpha=0.55)
             axis.plot(100 * gain.mean, place, "o", color=colour, markersize=5)
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, -LEAST), max(high, LEAST))  # tenths of a point shall not look like much
     axis.set_title(title, fontsize=10)
     axis.tick_params(labelsize=9)
     axis.grid(axis="x", color="0.92")

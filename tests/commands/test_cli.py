@@ -92,6 +92,21 @@ def test_other_commands_refuse_in_one_line(project: Path, tmp_path: Path, capsys
     assert main(["trian"]) == 2 and "did you mean 'train'" in capsys.readouterr().err
 
 
+def test_what_a_disk_does_is_one_line(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").touch()
+    line = refused("report", ["--table", "table3", "--out", tmp_path / "file" / "t.md"], capsys)
+    assert line.startswith(f"'{tmp_path / 'file'}") and "cannot be read or written: " in line
+
+
+@pytest.mark.parametrize(("command", "said"), [("train", "with --resume goes on"), ("sweep", "same command goes on")])
+def test_a_stop_says_how_to_go_on(command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def stopped(argv: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"laavit.commands.{command}.main", stopped)
+    assert run(command, []) == 130 and said in capsys.readouterr().err
+
+
 def test_overrides_reach_the_resolved_recipe(project: Path, capsys: Capture) -> None:
     plain = printed([project], capsys)
     assert plain["gate"]["type"] == "CosineGate" and plain["latents"]["count"] == 4

@@ -21,6 +21,11 @@ def test_more_comparisons_need_more_questions(capsys: pytest.CaptureFixture[str]
     assert counts[0] == 1474 < counts[1]
 
 
+def test_a_tiny_gain_is_answered_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["power", "--gain", "0.05", "--baseline", "60"]) == 0
+    assert "exact test" not in capsys.readouterr().out.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -30,6 +35,10 @@ def test_more_comparisons_need_more_questions(capsys: pytest.CaptureFixture[str]
         ("--baseline 60 --gain 10 --discordant 5", "at least the gain"),
         ("--baseline 60 --gain 5 --comparisons 0", "whole numbers from 1"),
         ("--baseline 60 --n 0", "whole numbers from 1"),
+        ("--baseline 60 --gain 5 --power 0.8", "--power 0.8 was given; allowed: per cent, from 1 to less than 100"),
+        ("--baseline 60 --gain 5 --level 0.05", "--level 0.05 was given; allowed: per cent"),
+        ("--baseline 60 --gain 0", "--gain 0 was given; allowed: points"),
+        ("--baseline 60 --gain 5 --power 100", "less than 100"),
     ],
 )
 def test_mistakes_are_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`laavit study` in pieces: what is not there yet is said, and is no mistake."""
+"""``laavit study``: runs a sweep, keeps its record beside the recipes, and shows it in their README; in pieces, too."""
 
 from __future__ import annotations
 
@@ -8,9 +8,51 @@ from typing import Any
 
 import pytest
 
+from laavit.cli import run
 from laavit.commands import evaluate, study
+from laavit.microlab.dataset import DatasetSettings, write_dataset
 from laavit.sweeps.plan import Cell, Plan
 from laavit.sweeps.settings import Questions
+
+README = "# Mine\n\n<!-- laavit study: small -->\n<!-- laavit study: small end -->\n\nafter\n"
+
+
+@pytest.fixture
+def zoo(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model zoo whose only sweep asks one untrained model twice."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset("data", DatasetSettings(train=1, val=1, test=1))
+    folder = tmp_path / "zoo" / "microlab"
+    (folder / "sweeps").mkdir(parents=True)
+    (folder / "README.md").write_text(README)
+    (folder / "sweeps" / "small.py").write_text(
+        f'name = "small"\ntitle = "Small"\nout = "out"\nreference = "a"\n'
+        f"arms = dict(a=dict(model={str(tiny_folder)!r}), b=dict(model={str(tiny_folder)!r}))\n"
+        'evaluate = dict(tasks=["microlab_test"], data_root="data/eval", batch_size=6)\n'
+    )
+    monkeypatch.setattr(study, "project_data", lambda name: tmp_path / "zoo")
+    monkeypatch.setattr(study, "SWEEPS", {"small": ("a",)})
+    monkeypatch.setattr(study, "INTERVENED", {})
+    return folder
+
+
+def test_a_study_is_run_kept_shown_and_drawn_again(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("study", ["small", "--write", "--workers", "1"]) == 0, capsys.readouterr().err
+    kept = json.loads((zoo / "study" / "small.json").read_text())
+    assert [row["arm"] for row in kept["rows"]] == ["a", "b"] and len(kept["questions"]) == 6
+    shown = (zoo / "README.md").read_text()
+    assert "| b | 1 |" in shown and "(study/small.png)" in shown and shown.endswith("small end -->\n\nafter\n")
+    (zoo / "study" / "small.png").unlink()
+    (zoo / "README.md").write_text(README)
+    assert run("study", ["--render"]) == 0
+    assert (zoo / "README.md").read_text() == shown and (zoo / "study" / "small.png").is_file()
+
+
+def test_mistakes_are_named(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("study", ["smal"]) == 2
+    assert "no sweep is called 'smal'; allowed: small (did you mean 'small'?)" in capsys.readouterr().err
+    assert run("study", ["--render"]) == 2
+    assert "there is no record of a sweep" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from families import tiny
 from PIL import Image
 
-from laavit.evaluation.gaze import Looker, look, statistics, write_gaze
+from laavit.evaluation.gaze import Looker, check_looker, look, statistics, write_gaze
 from laavit.registry import UserError
 from laavit.reports.figures import gaze_figures
 from laavit.reports.runs import GazeSample
@@ -39,6 +39,18 @@ def test_lookers_are_read(text: str, expected: Looker) -> None:
 def test_what_is_no_looker_is_named(text: str) -> None:
     with pytest.raises(UserError, match=f"'{text}'"):
         Looker.parse(text)
+
+
+def test_a_folder_of_no_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    for folder, message in (
+        ("run", "is a run; give its export"),
+        ("run/export", "holds no model"),
+        ("absent", "there is no folder"),
+    ):
+        with pytest.raises(UserError, match=f"student: '{tmp_path / folder}' {message}|student: {message}"):
+            check_looker(Looker("student", str(tmp_path / folder), ("latents",)))
+    check_looker(Looker("student", "someone/model"))  # of the hub
 
 
 def trace(key: str, gaze: list[float], tiles: tuple[Tile, ...]) -> Trace:

@@ -126,6 +126,16 @@ def test_what_before_was_to_make_is_missed(lab_folder: Path, tmp_path: Path) -> 
         check_stores(found, found.cells)
 
 
+def test_a_model_that_is_not_there_is_named(lab_folder: Path, tmp_path: Path) -> None:
+    text = 'name = "s"\narms = dict(start=dict(model="{}"))\nevaluate = dict(tasks=["microlab_test"])\n'
+    with pytest.raises(UserError, match="start-s0: there is no model at 'runs/no/where'"):
+        found = plan(lab_folder, tmp_path, text.format("runs/no/where"))
+        check_stores(found, found.cells)
+    for name in ("someone/model", tmp_path):
+        found = plan(lab_folder, tmp_path, text.format(name))
+        check_stores(found, found.cells)
+
+
 def test_tasks_are_known() -> None:
     check_tasks(Questions(tasks=("microlab_test",)))
     with pytest.raises(UserError, match=r"no task is called 'microlab_tset'; .*microlab_test"):

@@ -129,10 +129,12 @@ class Suite:
             if answered is not None:
                 asked[name] = [record | found for key, record in answered if (found := measured[key]) is not None]
                 write_records(out / "interventions" / name / "records.jsonl", asked[name])
-                logger.info("%s: %d answers", name, len(asked[name]))
+                logger.info("%s: %d answers asked again", name, len(asked[name]))
         if reference is not None:
             found = _figures(reference, asked, {name: part.on for name, part in parts.items()}, skipped)
             write_json(out / "interventions.json", found | {"collapse": collapse(latents)})
+            for name, one in found["effects"].items():
+                logger.info("%s", _said(name, one))
             for name, reason in found["skipped"].items():
                 logger.info("%s: left out, %s", name, reason)
 
@@ -155,6 +157,15 @@ def everywhere(found: Any) -> list[Any]:
     ranks: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(ranks, found)
     return ranks
+
+
+def _said(name: str, one: Mapping[str, Any]) -> str:
+    """An effect in a line: 'latents_off: accuracy -0.7 [-2.0, 0.7] points, 1.0 % [0.3, 2.9] of 300 answers changed'."""
+    (delta, low, high), (share_, least, most) = (tuple(100 * x for x in one[key]) for key in ("delta", "changed"))
+    return (
+        f"{name}: accuracy {delta:+.1f} [{low:.1f}, {high:.1f}] points, "
+        f"{share_:.1f} % [{least:.1f}, {most:.1f}] of {one['n']} answers changed"
+    )
 
 
 def _figures(
