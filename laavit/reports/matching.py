@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,16 @@ def _unmatched(sheet: Sheet, run: Run) -> str:
     return f"'{run.path}' {said}; say which row it is: ROW={run.path}"
 
 
+def _of_any_seed(recipe: Mapping[str, str]) -> dict[str, str]:
+    """A flat recipe whose paths say {seed} where they name its own: a sweep gives each seed a student of its own."""
+    own = re.compile(rf"(?<!\d){re.escape(recipe.get('seed', ''))}(?!\d)")
+    return {
+        key: own.sub("{seed}", value) if "/" in value and "seed" in recipe else value for key, value in recipe.items()
+    }
+
+
 def _seeds(name: str, runs: Sequence[Run]) -> None:
-    """Two runs of a row differ in nothing but the seed and where things lie.
+    """Two runs of a row differ in nothing but the seed, paths that name it, and where things lie.
 
     Raises:
         UserError: they do, or one run was given twice.
@@ -118,7 +127,7 @@ def _seeds(name: str, runs: Sequence[Run]) -> None:
     paths = [run.path.resolve() for run in runs]
     if len(set(paths)) < len(paths):
         raise UserError(f"row '{name}' was given one run twice")
-    flat = [(run, flatten(run.recipe)) for run in runs if run.recipe]
+    flat = [(run, _of_any_seed(flatten(run.recipe))) for run in runs if run.recipe]
     for run, other in flat[1:]:
         first = flat[0][1]
         differs = [

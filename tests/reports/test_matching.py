@@ -25,3 +25,13 @@ def test_a_part_that_one_lacks_is_another_arm() -> None:
 
 def test_a_setting_that_an_older_recipe_lacks_is_none() -> None:
     _seeds("row", runs({"seed": 0, "gate": {"type": "G"}}, {"seed": 1, "gate": {"type": "G", "epsilon": 0.1}}))
+
+
+def test_a_path_may_name_the_seed_of_its_run() -> None:
+    def recipe(seed: int, path: str) -> dict:
+        return {"seed": seed, "student": {"type": "HF", "path": path}}
+
+    _seeds("row", runs(recipe(0, "runs/students/3-0"), recipe(1, "runs/students/3-1")))
+    for other in ("runs/students/3-2", "runs/students/13-1", "elsewhere/3-1"):
+        with pytest.raises(UserError, match=r"no seeds of one arm: student\.path"):
+            _seeds("row", runs(recipe(0, "runs/students/3-0"), recipe(1, other)))
