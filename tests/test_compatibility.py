@@ -429,6 +429,8 @@ def test_every_gate_with_every_target(
                 "trajectory_no_latents",
                 "trajectory_answer",
                 "box_no_latents",
+                "box_final_no_latents",
+                "box_layers_no_latents",
             )
             if own is None and shut and (latents != "none" or target != "trajectory_answer"):
                 assert refused is not None and "throughout the run" in refused, f"{latents}, {target}"

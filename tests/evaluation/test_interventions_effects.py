@@ -132,6 +132,7 @@ def test_the_first_answer_token_comes_after_markup() -> None:
         scores[range(3), chosen] = 9.0
         assert first(torch.zeros(3, 1), scores) is scores
     wanted = torch.stack([steps[0, 0], steps[2, 1], steps[2, 2]])
+    wanted[:, [3, 4]] = -torch.inf  # markup is no word that an answer could begin with
     assert torch.equal(first.log_shares, wanted.log_softmax(-1))
     plain = FirstAnswer(set())
     for scores in steps:

@@ -36,7 +36,7 @@ def test_an_arm_is_what_its_name_says(path: Path) -> None:
     name, targets = path.stem, recipe.config["targets"]
     kind = (recipe.config["latents"] or {"type": ""})["type"]
     assert kind == ("LearnedLatents" if "latents" in name else "FeedbackLatents" if "feedback" in name else "")
-    assert recipe.config["train"]["steps"] == (1200 if name.endswith("long") else 800)
+    assert recipe.config["train"]["steps"] == (1400 if name.endswith("long") else 800)
     own = targets.get("latents", {})
     assert own.get("order", "given") == next((w for w in ("reversed", "shuffled") if w in name and kind), "given")
     assert own.get("steps") == (
