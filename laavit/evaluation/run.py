@@ -71,8 +71,7 @@ def evaluate(
             for in ``<data_root>/<task>``, then under its data set's own name (``<data_root>/BLINK`` or
             ``<data_root>/BLINK-Benchmark/BLINK``), then in ``data_root`` itself where that holds parquet files.
 
-    Returns:
-        The summary; None on every rank but the first.
+    Returns: the summary; None on every rank but the first.
 
     Raises:
         UserError: an unknown task, data or a model that cannot be loaded, or an argument that is not allowed.
@@ -102,14 +101,9 @@ def evaluate(
             suite.run(model, task_objects, None, ask, Path(out))
         return None
     records = _records(results, model)
-    about: dict[str, Any] = {
-        "model": str(model_folder),
-        "intervention": intervention,
-        "protocol": protocol,
-        "limit": limit,
-    }
-    about |= {"weights_sha256": weights_sha256(model_folder), "resumed": len(journal or ())}
-    about |= {"seconds": round(time.perf_counter() - started, 3)}
+    about: dict[str, Any] = {"model": str(model_folder), "protocol": protocol, "limit": limit}
+    about |= {"intervention": intervention, "weights_sha256": weights_sha256(model_folder)}
+    about |= {"resumed": len(journal or ()), "seconds": round(time.perf_counter() - started, 3)}
     summary = about | _settings(model) | _figures(results, records)
     _write(Path(out), records, summary)
     logger.info("%d answers in %.1f s -> %s", len(records), summary["seconds"], out)
