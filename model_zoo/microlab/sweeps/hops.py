@@ -8,7 +8,7 @@ _hops = "zoo:microlab/hops/"
 name = "hops_3"
 title = "Micro-lab, questions of one to three hops: a student of 3 layers"
 out = "runs/study/hops_3"
-seeds = [0, 1]  # some arms and the controls: one
+seeds = [0, 1, 2]  # some arms and the controls: one or two
 overrides = {"train.batch_size": 8, "train.checkpoint_every": 0, "train.tensorboard": False}
 per_seed = {"student.path": "runs/hops/students/3-{seed}"}
 reference = "naive_sft"
@@ -23,11 +23,11 @@ arms = dict(
     ),
     gaze_layers=dict(recipe=f"{_hops}gaze_layers.py", label="no latents: hop by layer"),
     gaze_layers_reversed=dict(
-        recipe=f"{_hops}gaze_layers_reversed.py", seeds=[0], label="no latents: hop by layer, reversed"
+        recipe=f"{_hops}gaze_layers_reversed.py", seeds=[0, 1], label="no latents: hop by layer, reversed"
     ),
     latents=dict(recipe=f"{_hops}latents.py", seeds=[0], label="learned latents: no gaze"),
     latents_map=dict(recipe=f"{_hops}latents_map.py", seeds=[0], label="learned latents: one map"),
-    latents_steps=dict(recipe=f"{_hops}latents_steps.py", label="learned latents: per step"),
+    latents_steps=dict(recipe=f"{_hops}latents_steps.py", seeds=[0, 1], label="learned latents: per step"),
     latents_by_layer=dict(recipe=f"{_hops}latents_by_layer.py", label="learned latents: per step and layer"),
     latents_by_layer_gaze=dict(
         recipe=f"{_hops}latents_by_layer_gaze.py", seeds=[0], label="learned latents: per step and layer + answer gaze"
@@ -44,18 +44,18 @@ arms = dict(
         recipe=f"{_hops}latents_by_layer_shuffled.py", seeds=[0], label="learned latents: per step and layer, shuffled"
     ),
     feedback=dict(recipe=f"{_hops}feedback.py", seeds=[0], label="fed-back latents: no gaze"),
-    feedback_map=dict(recipe=f"{_hops}feedback_map.py", label="fed-back latents: one map"),
-    feedback_steps=dict(recipe=f"{_hops}feedback_steps.py", label="fed-back latents: per step"),
+    feedback_map=dict(recipe=f"{_hops}feedback_map.py", seeds=[0, 1], label="fed-back latents: one map"),
+    feedback_steps=dict(recipe=f"{_hops}feedback_steps.py", seeds=[0, 1], label="fed-back latents: per step"),
     feedback_gaze=dict(recipe=f"{_hops}feedback_gaze.py", label="fed-back latents: answer gaze alone"),
     feedback_steps_gaze=dict(recipe=f"{_hops}feedback_steps_gaze.py", label="fed-back latents: per step + answer gaze"),
     feedback_steps_reversed=dict(
         recipe=f"{_hops}feedback_steps_reversed.py",
-        seeds=[0],
+        seeds=[0, 1],
         label="fed-back latents: per step, reversed, + answer gaze",
     ),
     feedback_steps_shuffled=dict(
         recipe=f"{_hops}feedback_steps_shuffled.py",
-        seeds=[0],
+        seeds=[0, 1],
         label="fed-back latents: per step, shuffled, + answer gaze",
     ),
 )

@@ -5,6 +5,7 @@ _base_ = ["./hops.py"]
 name = "hops_6"
 title = "Micro-lab, questions of one to three hops: a student of 6 layers"
 out = "runs/study/hops_6"
+seeds = [0, 1]
 per_seed = {"student.path": "runs/hops/students/6-{seed}"}
 arms = dict(
     _delete_=True,
