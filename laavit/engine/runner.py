@@ -18,36 +18,26 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from laavit.engine import random_state
-from laavit.engine.checkpoint import latest_checkpoint, read_progress, read_state
-from laavit.engine.distributed import any_process, pick_device, process_group, rank_and_world
+from laavit.engine.checkpoint import latest_checkpoint
+from laavit.engine.distributed import pick_device, process_group, rank_and_world
 from laavit.engine.environment import describe
 from laavit.engine.hooks import CheckpointHook, GuardHook, LogHook, ProgressHook, StepHook, TensorBoardHook
 from laavit.engine.hooks.log import FILE, truncate_log
 from laavit.engine.loop import StepLoop
-from laavit.engine.optim import (
-    NamedParameters,
-    StepOptimWrapper,
-    build_adamw,
-    load_optimizer_tensors,
-    unique_parameters,
-)
+from laavit.engine.optim import StepOptimWrapper, build_adamw, unique_parameters
+from laavit.engine.resuming import check_resumable, restorer, starting_point
 from laavit.engine.sampler import BatchSampler
 from laavit.engine.schedules import ClosedFormLR
 from laavit.engine.settings import TrainSettings
-from laavit.files import read_object, remove_leftovers, write_json
+from laavit.files import read_object, write_json
 from laavit.registry import UserError
 
 logger = logging.getLogger("laavit.engine")
 
 #: mmengine's default hooks that have one of ours in their place (its own sync the host for every figure of every step)
 REPLACED = dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint"))
-#: settings that the order of the data depends on: a resumed run must have the same
-FIXED = ("seed", "batch_size", "grouped")
 #: what a recipe says of the model and its losses: a run that goes on with another one is told so
 PARTS = ("student", "latents", "gate", "targets", "prompt")
-#: settings that may change between start and resume without changing the result
-FREE = ("workers", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device", "find_unused_parameters")
 
 
 class Trainable(Protocol):
@@ -145,9 +135,9 @@ def train(
     with process_group(device):
         rank, world_size = rank_and_world()
         sampler = _sampler(dataset, settings, rank, world_size)
-        start_from = _starting_point(work_dir, resume, rank, device)
+        start_from = starting_point(work_dir, resume, rank, device)
         if start_from is not None:
-            sampler.start = _check_resumable(start_from, settings, sampler)
+            sampler.start = check_resumable(start_from, settings, sampler)
             model.load_checkpoint(start_from)
         model.to(device)
         if rank == 0:
@@ -189,50 +179,6 @@ def _write_headers(work_dir: Path, recipe: Mapping[str, Any], environment: Mappi
         raise UserError(f"the run folder '{work_dir}' cannot be written: {error}") from None
 
 
-def _starting_point(work_dir: Path, resume: bool, rank: int, device: torch.device) -> Path | None:
-    """The checkpoint to go on from, the same in every process; leftovers of a killed run are cleared."""
-    if rank == 0:
-        try:
-            (work_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            remove_leftovers(work_dir)
-            remove_leftovers(work_dir / "checkpoints")
-        except OSError as error:
-            raise UserError(f"the run folder '{work_dir}' cannot be written: {error}") from None
-    any_process(False, device)  # nobody looks before process 0 has cleaned up
-    found = latest_checkpoint(work_dir)
-    if found is not None and not resume:
-        raise UserError(
-            f"'{work_dir}' already holds a run up to '{found.name}': add --resume, or choose another folder"
-        )
-    if found is None and resume and rank == 0:
-        logger.info("nothing to resume in %s: starting at step 0", work_dir)
-    return found
-
-
-def _check_resumable(checkpoint: Path, settings: TrainSettings, sampler: BatchSampler) -> int:
-    """Compare a checkpoint with the run that wants to go on from it; returns the steps done."""
-    state = read_state(checkpoint)
-    before, now = state["settings"], settings.as_dict()
-    for name in FIXED:
-        if before[name] != now[name]:
-            raise UserError(
-                f"train.{name}: got {now[name]}, but the run in '{checkpoint.parent.parent}' has {before[name]}"
-            )
-    if state["data"]["fingerprint"] != sampler.fingerprint:
-        raise UserError(
-            f"the data set differs from the one that '{checkpoint.parent.parent}' was trained on "
-            f"({state['data']['length']} samples then): resume with the same data and filters"
-        )
-    if int(state["iter"]) > settings.steps:
-        raise UserError(
-            f"train.steps: got {settings.steps}, and the run in '{checkpoint.parent.parent}' has done {state['iter']}"
-        )
-    changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k not in FREE and before.get(k) != now[k]]
-    if changed:
-        logger.warning("resuming with other settings, so not to the same bits: %s", ", ".join(changed))
-    return int(state["iter"])
-
-
 def _run(
     model: Any,
     dataset: Any,
@@ -265,7 +211,7 @@ def _run(
         ProgressHook(settings.steps),
         CheckpointHook(settings, named, data),
     ]
-    restore = None if start_from is None else _restorer(start_from, named, device)
+    restore = None if start_from is None else restorer(start_from, named, device)
     runner = QuietRunner(
         restore=restore,
         model=_wrap(model, settings, device) if world_size > 1 else model,
@@ -309,20 +255,6 @@ def _wrap(model: BaseModel, settings: TrainSettings, device: torch.device) -> MM
         broadcast_buffers=False,
         find_unused_parameters=settings.find_unused_parameters,
     )
-
-
-def _restorer(checkpoint: Path, named: NamedParameters, device: torch.device) -> Callable[[QuietRunner], None]:
-    """Puts optimizer, schedule and generators where the checkpoint has them (the weights are loaded before)."""
-
-    def restore(runner: QuietRunner) -> None:
-        progress = read_progress(checkpoint)
-        load_optimizer_tensors(runner.optim_wrapper.optimizer, named, progress.optimizer)
-        runner.param_schedulers[0].load_state_dict(progress.state["scheduler"])
-        if not random_state.restore(progress.random, device):
-            logger.warning("resuming with another number of processes, so not to the same bits")
-        logger.info("resumed at step %d from %s", progress.step, checkpoint)
-
-    return restore
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
