@@ -132,19 +132,36 @@ class LaViT(BaseModel):
             looked = looked[batch.shared.owners]
         return StudentOutput(hidden, logits, batch.labels[answers], rows, positions, looked, emitted)
 
-    def forward(self, batch: Batch, mode: str = "loss") -> dict[str, Tensor]:  # type: ignore[override]
-        """The losses of a batch: ``loss`` is the total, every other key a logged figure of its own name."""
+    def counts(self, batch: Batch) -> dict[str, int | Tensor]:
+        """Over how many tokens or samples each loss of a batch is a mean, by its name."""
+        found: dict[str, int | Tensor] = {"ntp": ROW_KINDS["predicting"](batch).sum()}
+        if self.student.layout.emitted:
+            found["emit"] = ((batch.labels != IGNORED) & emits(batch.roles)).sum()
+        return found | {n: t.count(batch.roles, batch.targets[n]) for n, t in self.named_targets.items()}
+
+    def forward(  # type: ignore[override]
+        self, batch: Batch, mode: str = "loss", shares: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The losses of a batch: ``loss`` is the total, every other key a logged figure of its own name.
+
+        Args:
+            shares: what each loss counts among those of its step's other micro-batches, by name; None is 1.
+        """
         if mode != "loss":
             raise ValueError(f"LaViT trains with mode='loss', got '{mode}'; use generate or observe otherwise")
         batch = batch.to(self.student.backbone.device)
         output = self.observe(batch)
-        ntp = next_token_loss(output.logits, output.labels)
+
+        def shared(name: str, mean: Tensor) -> Tensor:
+            return mean if shares is None else mean * shares[name].to(mean)
+
+        ntp = shared("ntp", next_token_loss(output.logits, output.labels))
         total, logged = ntp, {"ntp": ntp}
         if output.emitted is not None:
-            logged["emit"] = next_token_loss(*output.emitted)
+            logged["emit"] = shared("emit", next_token_loss(*output.emitted))
             total = total + self.student.layout.emit_weight * logged["emit"]
         for name, target in self.named_targets.items():
-            logged[name] = target(output, batch.roles, batch.targets[name])
+            logged[name] = shared(name, target(output, batch.roles, batch.targets[name]))
             total = total + target.weight * logged[name]
         for name, part in self.gate.parts().items() if self.gate is not None else ():
             logged[name] = ntp.new_tensor(part.gamma(self.step) if self.training else 1.0)

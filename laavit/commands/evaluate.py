@@ -84,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
     )
     options, overrides = parser.parse_known_args(list(argv))
     intervention = intervention_of(options.intervention, overrides)
+    from laavit.evaluation.bridge import leave
     from laavit.evaluation.run import evaluate
 
     folder, results = model_folder(options.model)
@@ -98,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
         protocol=options.protocol, imports=options.imports, fresh=options.fresh,
         interventions=options.interventions, intervention_limit=options.intervention_limit,
     )  # fmt: skip
+    leave()
     for task, entry in (summary or {}).get("tasks", {}).items():
         logger.info("%s: %.3f [%.3f, %.3f], n = %d", task, entry["accuracy"], entry["low"], entry["high"], entry["n"])
     return 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from mmengine.model import is_model_wrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor
+
+from laavit.engine.normalisation import add_shares
 
 
 def sample_ids(data: Any) -> list[str]:
@@ -63,19 +66,20 @@ class StepLoop(IterBasedTrainLoop):
         self.runner.call_hook("after_train")
         return self.runner.model
 
-    def _micro_batches(self) -> Iterator[Any]:
-        self.data_seconds = 0.0
-        for _ in range(self.accumulate):
-            before = time.perf_counter()
-            data = next(self.dataloader_iterator)
-            self.data_seconds += time.perf_counter() - before
-            yield data
+    def _micro_batches(self) -> list[Any]:
+        """The next step's micro-batches, all of them: the losses of each depend on what the others hold."""
+        before = time.perf_counter()
+        batches = [next(self.dataloader_iterator) for _ in range(self.accumulate)]
+        self.data_seconds = time.perf_counter() - before
+        model = self.runner.model.module if is_model_wrapper(self.runner.model) else self.runner.model
+        add_shares(model, batches, self.runner.optim_wrapper.device)
+        return batches
 
-    def run_iter(self, micro_batches: Iterator[Any]) -> None:
+    def run_iter(self, micro_batches: Sequence[Any]) -> None:
         """One optimizer step.
 
         Args:
-            micro_batches: yields ``accumulate`` batches, loading each when it is asked for.
+            micro_batches: the ``accumulate`` batches of the step; their figures' mean is that of the whole step.
         """
         self.runner.call_hook("before_train_iter", batch_idx=self._iter, data_batch=None)
         totals: dict[str, Tensor | float] = {}

@@ -28,7 +28,8 @@ class TrainSettings:
         steps: optimizer steps of the whole run.
         batch_size: samples (with ``grouped``: groups) of one optimizer step, over all micro-batches and processes
             together.
-        accumulate: micro-batches of one step; the loss of a step is the mean over them.
+        accumulate: micro-batches of one step. However a step is split over micro-batches and processes, each of its
+            losses is a mean over all of its tokens or samples.
         grouped: put all samples of one group into one batch, for example all questions about one image; the data set
             must have an attribute ``groups``, one hashable key a sample.
         shared_prefix: read what the samples of a micro-batch begin with alike (system prompt and image, where

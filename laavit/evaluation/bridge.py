@@ -35,12 +35,19 @@ from laavit.evaluation.journal import Answer, Journal, drop, question_key
 from laavit.evaluation.records import weights_sha256
 from laavit.registry import UserError
 
-__all__ = ["Laavit", "Settings", "read_export"]
+__all__ = ["Laavit", "Settings", "leave", "read_export"]
 
 logger = logging.getLogger(__name__)
 
 #: arguments that the answers hang on
 GIVEN = ("latents", "intervention", "attention", "min_pixels", "max_pixels")
+
+
+def leave() -> None:
+    """End the talk between processes once all have come here; a process that exits amidst it may be aborted."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 class Progressed(Protocol):

@@ -71,6 +71,14 @@ class Target(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} must define forward(output, roles, prepared)")
 
+    def count(self, roles: Tensor, prepared: Mapping[str, Tensor]) -> int | Tensor:
+        """Over how many things ``forward`` takes its mean: what a micro-batch weighs among those of its step.
+
+        Here the batch's samples, B. A target that is a mean over something else (its tokens, say) counts that, so that
+        the loss of a step does not depend on how its samples were split.
+        """
+        return len(roles)
+
     def own_layers(self, depth: int) -> list[int]:
         """The layers of its rows, counted from 0, as named (all where none is)."""
         return list(range(depth)) if self.layers is None else [layer % depth for layer in self.layers]

@@ -126,6 +126,10 @@ class LogitsTarget(Target):
             "present": torch.ones(len(given.tokens), dtype=torch.bool),
         }
 
+    def count(self, roles: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
+        """The answers' tokens."""
+        return prepared["present"].sum()
+
     def forward(self, output: StudentOutput, roles: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         present = prepared["present"]  # the answers' tokens, sample by sample, as the student's logits stand
         if not torch.equal(output.labels, prepared["tokens"][present]):
