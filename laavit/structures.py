@@ -9,7 +9,7 @@ Shape letters, used in every signature and docstring of the library:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from pathlib import Path
@@ -208,10 +208,6 @@ class SharedPrefix:
     first: Tensor
     stops: Tensor
 
-    def to(self, device: torch.device) -> SharedPrefix:
-        """The same on a device."""
-        return SharedPrefix(self.owners.to(device), self.first.to(device), self.stops.to(device))
-
 
 @dataclass
 class Batch:
@@ -230,20 +226,26 @@ class Batch:
     shared: SharedPrefix | None = None  # then ``vision`` and ``features`` are those of its P beginnings
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with every tensor on a device."""
+        """The same batch with every tensor on a device; copies from pinned memory are not waited for."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
+    def pin_memory(self) -> Batch:
+        """The same batch with every tensor in pinned memory; torch's ``DataLoader`` asks for it by this name."""
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
+                return change(value)
             if isinstance(value, SharedPrefix):
-                return value.to(device)
+                return SharedPrefix(change(value.owners), change(value.first), change(value.stops))
             if isinstance(value, dict):
-                return {key: move(item) for key, item in value.items()}
+                return {key: changed(item) for key, item in value.items()}
             if isinstance(value, list) and value and isinstance(value[0], Tensor):
-                return [move(item) for item in value]
+                return [changed(item) for item in value]
             return value
 
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass

@@ -16,6 +16,7 @@ from transformers import Cache
 from laavit.attention import IMPLEMENTATION, AttentionContext
 from laavit.backbones.chat import IGNORED, PromptSettings, SequenceBuilder
 from laavit.backbones.families import family_of
+from laavit.backbones.feature_cache import CachedFeatures, image_keys
 from laavit.backbones.loading import check_map, dtype_of, quantization_config, read_model, read_processor
 from laavit.backbones.unrolling import fed_back, unrolled
 from laavit.files import read_object
@@ -39,6 +40,8 @@ class Backbone:
     def __init__(self, model: nn.Module, processor: Any, layout: LatentLayout = NO_LATENTS) -> None:
         self.model, self.processor, self.layout = model, processor, layout
         self.family = family_of(model.config, processor)  # type: ignore[arg-type]
+        #: what a frozen tower made of images, kept while training (``train.cache_vision``); None works it out each time
+        self.feature_cache: CachedFeatures | None = None
 
     @classmethod
     def load(
@@ -127,13 +130,21 @@ class Backbone:
         """
         rows = slice(None) if batch.shared is None else batch.shared.first
         ids, positions = batch.input_ids[rows, :stop], batch.position_ids
-        features = None if batch.features is None else [f.to(self.device) for f in batch.features]
-        inputs = self.family.inputs(batch.vision, features) | self.family.text_inputs(ids)
+        inputs = self._image_inputs(batch) | self.family.text_inputs(ids)
         positions = positions[..., rows, :stop] if positions is not None else None
         output = self.model.model(  # type: ignore[operator]
             input_ids=ids, position_ids=positions, use_cache=False, laavit=context, **inputs
         )
         return output.last_hidden_state
+
+    def _image_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Forward arguments for a batch's images: pixels, or features where they are cached."""
+        if batch.features is not None:
+            return self.family.inputs(batch.vision, [features.to(self.device) for features in batch.features])
+        if self.feature_cache is None:
+            return self.family.inputs(batch.vision)
+        seen = batch.samples if batch.shared is None else [batch.samples[row] for row in batch.shared.first.tolist()]
+        return self.feature_cache.in_place_of_pixels(batch.vision, image_keys(seen))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of chosen states: [..., D] -> [..., V]."""

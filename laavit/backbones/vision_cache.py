@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from laavit.backbones.base import Backbone, digest_of
+from laavit.backbones.feature_cache import CachedFeatures, takes_patches
 from laavit.files import write_bytes
 from laavit.registry import UserError
 from laavit.structures import Encoded
@@ -37,6 +38,25 @@ def check_frozen(backbone: Backbone) -> None:
     for name, parameter in whole.named_parameters():
         if parameter.requires_grad and not name.startswith(inside):
             raise UserError(f"cached image features would be out of date after a step: {name} learns, freeze it")
+
+
+def keep_features(backbone: Backbone, limit: int) -> None:
+    """From now on, in training, let each image pass a frozen vision tower once (``train.cache_vision``).
+
+    Args:
+        limit: bytes of features that are kept in the main memory.
+
+    Raises:
+        UserError: the family's inputs have another form, or something that the features depend on learns.
+    """
+    family = backbone.family
+    if not takes_patches(family):
+        raise UserError(
+            f"train.cache_vision tells images apart in inputs of Qwen-VL's form, and {type(family).__name__} has "
+            "another: take traces.vision_cache"
+        )
+    check_frozen(backbone)
+    backbone.feature_cache = CachedFeatures(family, backbone.model, limit)
 
 
 class VisionCache:

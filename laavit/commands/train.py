@@ -47,7 +47,7 @@ def samples_key(samples: Sequence[Sample], recipe: Recipe) -> Hashable:
 
 def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     """Train; returns the last checkpoint's folder."""
-    from laavit.backbones.vision_cache import VisionCache
+    from laavit.backbones.vision_cache import VisionCache, keep_features
     from laavit.engine import train
     from laavit.model import build_model
 
@@ -73,6 +73,8 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
                 f"trains {' and '.join(learning)}: name both in student.freeze, and neither in student.lora.targets"
             )
         cache = VisionCache(Path(traces.vision_cache), student.backbone)
+    if settings.cache_vision:
+        keep_features(student.backbone, settings.cache_vision * 2**20)
     builder = student.builder(recipe.build("prompt"))
     shared = encodings((samples_key(samples, recipe), builder.key, cache and cache.namespace)) if traces.keep else None
     dataset = AlignedDataset(samples, builder, model.named_targets, store, cache, traces.keep, shared)

@@ -23,7 +23,10 @@ logger = logging.getLogger("laavit.engine")
 #: settings that the order of the data depends on: a resumed run must have the same
 FIXED = ("seed", "batch_size", "grouped")
 #: settings that may change between start and resume without changing the result
-FREE = ("workers", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device", "find_unused_parameters")
+FREE = (
+    *("workers", "prefetch", "cache_vision", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device"),
+    "find_unused_parameters",
+)
 
 
 def starting_point(work_dir: Path, resume: bool, rank: int, device: torch.device) -> Path | None:

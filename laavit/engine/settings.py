@@ -45,6 +45,9 @@ class TrainSettings:
         gradient_checkpointing: recompute activations in the backward pass (non-re-entrant), trading time for memory.
         find_unused_parameters: with several processes, allow trainable parameters that a step does not use.
         workers: processes that load data beside the training process; a sample must be a pure function of its index.
+        prefetch: batches that each worker keeps ready.
+        cache_vision: MiB of main memory for what a frozen vision tower makes of images, each of which then passes it
+            once as long as there is room (the images used longest ago go first); 0 keeps none. Qwen-VL's families.
         checkpoint_every: steps between checkpoints; the last step always leaves one. 0: only the last.
         keep_last: how many of the newest checkpoints stay on disk, 0 for all.
         log_every: steps between lines of ``log.jsonl``; the first and the last step are always logged.
@@ -69,6 +72,8 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     find_unused_parameters: bool = False
     workers: int = 0
+    prefetch: int = 2
+    cache_vision: int = 0
     checkpoint_every: int = 100
     keep_last: int = 2
     log_every: int = 10
@@ -80,7 +85,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "workers": 0, "checkpoint_every": 0}
-        at_least |= {"keep_last": 0, "seed": 0}
+        at_least |= {"keep_last": 0, "seed": 0, "prefetch": 1, "cache_vision": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}: got {getattr(self, name)}; allowed: {least} or more")

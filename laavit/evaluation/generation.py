@@ -25,9 +25,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 from laavit.backbones.base import Backbone
 from laavit.backbones.chat import ORDERS, text_settings
 from laavit.backbones.families import family_of
+from laavit.backbones.feature_cache import GRID, PATCHES, CachedFeatures
 from laavit.backbones.unrolling import fed_back
 from laavit.custom import import_custom
-from laavit.evaluation.features import GRID, PATCHES, CachedFeatures
 from laavit.evaluation.images import CachedImages, images_of
 from laavit.evaluation.interventions import Chat, Intervention, MaskLatents, Question, Questions, latent_ids
 from laavit.evaluation.interventions.base import intervention_of

@@ -51,7 +51,7 @@ LOGGED = {
 }
 #: Logged keys that say nothing about learning.
 _HOUSEKEEPING = {
-    *("iter", "step", "epoch", "time", "data_time", "seconds", "data_seconds", "step_seconds"),
+    *("iter", "step", "epoch", "time", "data_time", "seconds", "data_seconds", "data_share", "step_seconds"),
     *("eta", "memory", "samples_per_second"),
 }
 

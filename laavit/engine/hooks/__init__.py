@@ -5,10 +5,11 @@ record)`` with the plain figures of a logged step, and ``close(runner)``, called
 """
 
 from laavit.engine.hooks.checkpoint import CheckpointHook
+from laavit.engine.hooks.data_wait import DataWaitHook
 from laavit.engine.hooks.guard import GuardHook
 from laavit.engine.hooks.log import LogHook
 from laavit.engine.hooks.progress import ProgressHook
 from laavit.engine.hooks.step import StepHook
 from laavit.engine.hooks.tensorboard import TensorBoardHook
 
-__all__ = ["CheckpointHook", "GuardHook", "LogHook", "ProgressHook", "StepHook", "TensorBoardHook"]
+__all__ = ["CheckpointHook", "DataWaitHook", "GuardHook", "LogHook", "ProgressHook", "StepHook", "TensorBoardHook"]

@@ -37,8 +37,8 @@ class LogHook(Hook):
 
     A record holds ``iter`` (steps done), the model's figures of that step (means over micro-batches and processes),
     ``lr``, ``grad_norm`` (before clipping), ``epoch`` (passes over the data), ``seconds`` (since this process began
-    to train), ``step_seconds`` and ``data_seconds`` (means over the steps since the last record), and on a GPU
-    ``memory_gb`` (peak).
+    to train), ``step_seconds`` and ``data_seconds`` (means over the steps since the last record), ``data_share`` (the
+    latter over the former), and on a GPU ``memory_gb`` (peak).
 
     Args:
         settings: how often, and how many steps.
@@ -73,6 +73,7 @@ class LogHook(Hook):
             "seconds": round(now - self.start, 3),
             "step_seconds": round((now - self.mark) / self.steps, 5),
             "data_seconds": round(self.waited / self.steps, 5),
+            "data_share": round(self.waited / max(now - self.mark, 1e-9), 5),
         }
         if runner.optim_wrapper.device.type == "cuda":
             record["memory_gb"] = round(torch.cuda.max_memory_allocated(runner.optim_wrapper.device) / 2**30, 3)

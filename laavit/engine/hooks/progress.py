@@ -14,7 +14,7 @@ from laavit.engine.distributed import rank_and_world
 logger = logging.getLogger("laavit.engine")
 
 #: figures of a record that are not worth a place on the screen
-HIDDEN = ("iter", "epoch", "seconds", "step_seconds", "data_seconds", "memory_gb")
+HIDDEN = ("iter", "epoch", "seconds", "step_seconds", "data_seconds", "data_share", "memory_gb")
 
 
 def show(record: dict[str, Any]) -> str:

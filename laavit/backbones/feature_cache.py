@@ -1,4 +1,7 @@
-"""Each image passes the vision tower once, however many questions are asked about it."""
+"""Each image passes a vision tower that does not learn once, however many questions are asked about it.
+
+Features are kept in memory for as long as a process evaluates or trains; ``vision_cache`` keeps them on disk.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from laavit.backbones.families.base import Family
+from laavit.structures import Sample
 
 #: the processor's outputs of the Qwen-VL form: rows of patches, whose number an image the grid tells
 PATCHES, GRID = "pixel_values", "image_grid_thw"
@@ -18,7 +22,7 @@ PATCHES, GRID = "pixel_values", "image_grid_thw"
 class CachedFeatures:
     """What the language model reads in place of image tokens, kept by image.
 
-    Only for inputs of the Qwen-VL form (``laavit/evaluation/images.py``), where an image's patches can be told from
+    Only for inputs of the Qwen-VL form (Qwen2-VL, Qwen2.5-VL, Qwen3-VL), where an image's patches can be told from
     its neighbours'; other inputs go through as they are.
 
     Args:
@@ -34,10 +38,10 @@ class CachedFeatures:
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     def in_place_of_pixels(self, inputs: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-        """Arguments of ``generate`` with features [N_i, D] an image in place of its pixels.
+        """Arguments of the model with features [N_i, D] an image in place of its pixels.
 
         Args:
-            inputs: the processor's output for a batch, on the model's device.
+            inputs: the processor's output for a batch (or what of it concerns images), on the model's device.
             keys: what each of its images is known by, in order; equal images have equal keys.
         """
         if not (self.limit and self.family.takes_features and keys and {PATCHES, GRID} <= set(inputs)):
@@ -50,7 +54,8 @@ class CachedFeatures:
             patches = inputs[PATCHES].split(grids.prod(-1).tolist())
             chosen = [keys.index(key) for key in fresh]
             vision = {PATCHES: _joined([patches[i] for i in chosen], inputs[PATCHES]), GRID: grids[chosen]}
-            made = dict(zip(fresh, self.family.image_features(self.model, vision), strict=True))
+            with torch.no_grad():
+                made = dict(zip(fresh, self.family.image_features(self.model, vision), strict=True))
         self.misses += len(made)
         self.hits += len(keys) - len(made)
         features = [made[key] if key in made else self._use(key).to(device) for key in keys]
@@ -75,6 +80,16 @@ class CachedFeatures:
         self._size += features.nbytes
         while self._size > self.limit and self._kept:
             self._size -= self._kept.popitem(last=False)[1].nbytes
+
+
+def takes_patches(family: Family) -> bool:
+    """Whether a family's inputs have the form in which images can be told apart, and features can stand for them."""
+    return family.takes_features and {PATCHES, GRID} <= set(family.vision_keys)
+
+
+def image_keys(samples: Sequence[Sample]) -> list[str]:
+    """What the images of samples are known by while a process trains: their files, in order."""
+    return [str(path) for sample in samples for path in sample.images]
 
 
 def _joined(parts: Sequence[Tensor], whole: Tensor) -> Tensor:
