@@ -2,8 +2,8 @@
 
 A recipe is an mmengine Config of plain data (``_base_`` works as usual). Its keys are
 
-* components: ``student``, ``teacher``, ``latents``, ``gate``, ``data``, and the mappings ``targets`` and ``filters``.
-  Each is ``dict(name='cosine', warmup=200)``, where ``name`` is ``registry/<kind>/<name>.yaml``, or
+* components: ``student``, ``teacher``, ``latents``, ``gate``, ``data``, ``strategy``, and the mappings ``targets``
+  and ``filters``. Each is ``dict(name='cosine', warmup=200)``, where ``name`` is ``registry/<kind>/<name>.yaml``, or
   ``dict(type='MyGate', ...)`` for a registered class; a bare string is a name; ``None`` leaves the part out;
 * settings: ``prompt``, ``traces``, ``extract``, ``train``, ``eval``: dataclasses registered in ``SETTINGS``;
 * ``seed``, ``title``, ``custom_imports`` (modules or files beside the recipe, executed: only run recipes you trust).
@@ -33,7 +33,14 @@ from laavit.paths import project_data
 from laavit.registry import KINDS, MISTAKES, SETTINGS, Kind, UserError, nearest, plugins
 
 #: recipe key -> folder of ``registry/``
-COMPONENTS = {"student": "students", "teacher": "teachers", "latents": "latents", "gate": "gates", "data": "data"}
+COMPONENTS = {
+    "student": "students",
+    "teacher": "teachers",
+    "latents": "latents",
+    "gate": "gates",
+    "data": "data",
+    "strategy": "strategies",
+}
 MAPPINGS = {"targets": "targets", "filters": "filters"}
 SECTIONS = ("prompt", "traces", "extract", "train", "eval")
 PLAIN = {"seed": int, "title": str}

@@ -139,6 +139,7 @@ DATASETS = Kind("data", scope="laavit", locations=["laavit.data"])
 FILTERS = Kind("filter", scope="laavit", locations=["laavit.traces.filters"])
 JUDGES = Kind("judge", scope="laavit", locations=["laavit.traces.judges"])
 INTERVENTIONS = Kind("intervention", scope="laavit", locations=["laavit.evaluation.interventions"])
+STRATEGIES = Kind("strategy", scope="laavit", locations=["laavit.engine.strategies"])
 SETTINGS = Kind(
     "section",
     scope="laavit",
@@ -157,4 +158,5 @@ KINDS: dict[str, Kind] = {
     "filters": FILTERS,
     "judges": JUDGES,
     "interventions": INTERVENTIONS,
+    "strategies": STRATEGIES,
 }

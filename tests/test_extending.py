@@ -42,6 +42,7 @@ SHOWN = {
     "judges": ("my_filters.py", "JUDGES"),
     "teachers": ("my_teacher.py", "TEACHERS"),
     "interventions": ("my_intervention.py", "INTERVENTIONS"),
+    "strategies": ("my_strategy.py", "STRATEGIES"),
     "families": ("my_family.py", "FAMILIES"),  # of a student
 }
 #: the tiny model and data in place of the shown ones

@@ -18,8 +18,8 @@ from laavit.backbones import Backbone, PromptSettings, collate
 from laavit.cli import main
 from laavit.commands.plan import memory_size, verdict
 from laavit.engine import plan as planning
-from laavit.engine.runner import enable_gradient_checkpointing
 from laavit.engine.shapes import blueprint, bytes_of, fake_mode, published_names, shaped_backbone
+from laavit.engine.strategies import enable_gradient_checkpointing
 from laavit.model import LaViT, build_model
 from laavit.recipe import Recipe, load_recipe
 from laavit.registry import UserError

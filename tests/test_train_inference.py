@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from laavit.backbones import PromptSettings, collate
 from laavit.commands.export import exported_template
-from laavit.engine.runner import enable_gradient_checkpointing
+from laavit.engine.strategies import enable_gradient_checkpointing
 from laavit.evaluation.bridge import Laavit, Settings
 from laavit.gates import ConstantGate
 from laavit.images import open_image

@@ -52,6 +52,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     from laavit.model import build_model
 
     settings = replace(recipe.build("train"), seed=recipe.config["seed"])
+    strategy = recipe.build("strategy") if recipe.has("strategy") else None
     traces: TraceSettings = recipe.build("traces")
     parts = {name: recipe.build(f"targets.{name}") for name in recipe.config["targets"]}
     needs_store = bool(traces.select) or any(part.needs_trace and part.store is None for part in parts.values())
@@ -92,7 +93,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     trainable = f"{card['trainable_parameters']:,}"
     logger.info("%d samples, %s trainable parameters -> %s", len(samples), trainable, work_dir)
     collate = Collate(student.backbone.family, student.backbone.tokenizer.pad_token_id, settings.shared_prefix)
-    return train(model, dataset, collate, settings, work_dir, recipe.config, card, resume)
+    return train(model, dataset, collate, settings, work_dir, recipe.config, card, resume, strategy=strategy)
 
 
 def main(argv: Sequence[str]) -> int:

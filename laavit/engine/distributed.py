@@ -37,16 +37,24 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device, always: bool = False) -> Iterator[None]:
     """Join the other processes that torchrun started (RANK, WORLD_SIZE), with gloo on CPU and nccl on GPU.
 
     mmengine would call ``torch.cuda.set_device`` whatever the machine, so the group is there before its Runner is.
     A group that the caller made is used and left alone.
+
+    Args:
+        always: make a group of one process, too.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) <= 1 or dist.is_initialized():
+    alone = int(os.environ.get("WORLD_SIZE", 1)) <= 1
+    if dist.is_initialized() or (alone and not always):
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend)
     try:
         yield
     finally:

@@ -21,7 +21,6 @@ from laavit.backbones.chat import IGNORED
 from laavit.backbones.rows import row_positions
 from laavit.data.aligned import header_of
 from laavit.engine.examples import example_trace, stored_rows
-from laavit.engine.runner import enable_gradient_checkpointing
 from laavit.engine.settings import TrainSettings
 from laavit.engine.shapes import (
     Blueprint,
@@ -33,6 +32,7 @@ from laavit.engine.shapes import (
     parameters_by_part,
     shaped_backbone,
 )
+from laavit.engine.strategies import enable_gradient_checkpointing
 from laavit.latents import NO_LATENTS, LatentLayout, latent_tokens
 from laavit.model import LaViT, build_gate, build_targets, check_layers
 from laavit.recipe import Recipe

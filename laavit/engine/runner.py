@@ -12,32 +12,24 @@ from typing import Any, Protocol
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub, MMLogger
-from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from laavit.engine.checkpoint import latest_checkpoint
 from laavit.engine.distributed import pick_device, process_group, rank_and_world
 from laavit.engine.environment import describe
-from laavit.engine.hooks import (
-    CheckpointHook,
-    DataWaitHook,
-    GuardHook,
-    LogHook,
-    ProgressHook,
-    StepHook,
-    TensorBoardHook,
-)
+from laavit.engine.hooks import CheckpointHook, GuardHook, LogHook, ProgressHook, StepHook, TensorBoardHook
 from laavit.engine.hooks.log import FILE, truncate_log
-from laavit.engine.loader import build_loader
 from laavit.engine.loop import StepLoop
 from laavit.engine.optim import StepOptimWrapper, build_adamw, unique_parameters
 from laavit.engine.resuming import check_resumable, restorer, starting_point
 from laavit.engine.sampler import BatchSampler
 from laavit.engine.schedules import ClosedFormLR
 from laavit.engine.settings import TrainSettings
+from laavit.engine.strategies import Strategy, strategy_for
 from laavit.files import read_object, write_json
 from laavit.registry import UserError
 
@@ -114,13 +106,14 @@ def train(
     extra_environment: Mapping[str, Any] | None = None,
     resume: bool = False,
     hooks: Sequence[Hook] = (),
+    strategy: Strategy | None = None,
 ) -> Path:
     """Train a model and return its last checkpoint.
 
     Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them. Writes ``recipe.json``, ``environment.json``,
     ``log.jsonl``, ``tensorboard/`` and ``checkpoints/iter_<steps>/`` into ``work_dir``. On the CPU, a run killed at
     any moment and resumed ends with the same bits as an uninterrupted one (same number of processes and threads).
-    Afterwards the model holds the trained weights.
+    Afterwards the model holds the trained weights (with fsdp2: its share of them).
 
     Args:
         model: see :class:`Trainable`; ``forward(**collate(samples), mode='loss')`` gives tensors of which only
@@ -132,28 +125,31 @@ def train(
         extra_environment: plain data for ``environment.json``, for example hashes of data and weights.
         resume: go on from the newest complete checkpoint; without one, start anew.
         hooks: further mmengine hooks.
+        strategy: how the model is spread over the processes; None: ``strategy_for``.
 
     Raises:
         UserError: the folder holds a run and ``resume`` is not set, or that run had other data, or a setting does not
-        fit. TrainingStopped: the loss is not finite, or a checkpoint cannot be written.
+        fit, or a strategy the number of processes. TrainingStopped: the loss is not finite, or a checkpoint cannot be
+        written.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     work_dir = Path(work_dir).resolve()
-    with process_group(device):
+    with process_group(device, always=strategy is not None and strategy.always_joins):
         rank, world_size = rank_and_world()
+        strategy = strategy_for(strategy, world_size)
+        strategy.check(settings, device, world_size)
         sampler = _sampler(dataset, settings, rank, world_size)
         start_from = starting_point(work_dir, resume, rank, device)
         if start_from is not None:
             sampler.start = check_resumable(start_from, settings, sampler)
             model.load_checkpoint(start_from)
-        model.to(device)
         if rank == 0:
             environment = describe(device, world_size, settings.seed, extra_environment or {})
             _write_headers(work_dir, recipe_dump, {**environment, "resumed_at": sampler.start}, sampler.start)
         if start_from is None or sampler.start < settings.steps:
-            _run(model, dataset, collate, settings, work_dir, sampler, device, start_from, hooks)
+            _run(model, dataset, collate, settings, work_dir, sampler, device, start_from, hooks, strategy)
         last = latest_checkpoint(work_dir)
     assert last is not None, "the last step always leaves a checkpoint, or raises"
     return last
@@ -198,17 +194,17 @@ def _run(
     device: torch.device,
     start_from: Path | None,
     hooks: Sequence[Hook],
+    strategy: Strategy,
 ) -> None:
     """Build mmengine's Runner, run it, and undo what it leaves in the process."""
-    if settings.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    rank, world_size = rank_and_world()
+    rank, _ = rank_and_world()
+    wrapped = strategy.wrap(model, settings, device)  # before the optimizer: it may make other parameters
     named = unique_parameters(model.trainable_parameters())
     wrapper = StepOptimWrapper(
         build_adamw(named, settings),
         accumulate=settings.accumulate,
         clip_grad=settings.clip_grad,
-        precision=settings.precision,
+        precision=settings.precision if strategy.autocasts else "fp32",
         device=device,
     )
     data = {"fingerprint": sampler.fingerprint, "length": len(dataset)}
@@ -216,7 +212,6 @@ def _run(
         StepHook(),
         GuardHook(),
         LogHook(settings, sampler.epoch(1)),
-        DataWaitHook(settings),
         *([TensorBoardHook()] if settings.tensorboard else []),
         ProgressHook(settings.steps),
         CheckpointHook(settings, named, data),
@@ -224,9 +219,16 @@ def _run(
     restore = None if start_from is None else restorer(start_from, named, device)
     runner = QuietRunner(
         restore=restore,
-        model=_wrap(model, settings, device) if world_size > 1 else model,
+        model=wrapped,
         work_dir=str(work_dir),
-        train_dataloader=build_loader(dataset, sampler, collate, settings, device),
+        train_dataloader=DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=settings.workers,
+            # Its own generator: starting workers must not move the generator that the model draws from.
+            generator=torch.Generator().manual_seed(settings.seed),
+        ),
         train_cfg={
             "type": StepLoop,
             "max_iters": settings.steps,
@@ -249,35 +251,3 @@ def _run(
         runner.call_hook("close")
         for kind in (MMLogger, MessageHub, Visualizer):
             kind._instance_dict.pop(runner.experiment_name, None)
-
-
-def _wrap(model: BaseModel, settings: TrainSettings, device: torch.device) -> MMDistributedDataParallel:
-    return MMDistributedDataParallel(
-        module=model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        find_unused_parameters=settings.find_unused_parameters,
-    )
-
-
-def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Switch on non-re-entrant checkpointing in every outermost transformers model inside ``model``.
-
-    Re-entrant checkpointing would cut the gradient of whatever is recorded inside, our attention rows among it.
-
-    Raises:
-        UserError: there is none that supports it.
-    """
-    from transformers import PreTrainedModel
-
-    done: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel) or any(name.startswith(f"{outer}.") or not outer for outer in done):
-            continue
-        if module.supports_gradient_checkpointing:
-            # transformers is renaming the method: take the new name where it is there
-            enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-            done.append(name)
-    if not done:
-        raise UserError("train.gradient_checkpointing: no part of the model supports it; set it to False")

@@ -115,10 +115,11 @@ def settings(**changes):
     return TrainSettings(**{**given, "tensorboard": False, "weight_decay": 0.1, **changes})
 
 
-def run(work_dir, model=None, data=None, resume=False, hooks=(), **changes):
+def run(work_dir, model=None, data=None, resume=False, hooks=(), strategy=None, **changes):
     model = model or FakeModel()
     made = settings(**changes)
-    last = train(model, data or FakeData(), collate, made, work_dir, {"title": "fake"}, {"data": "abc"}, resume, hooks)
+    told = {"title": "fake"}, {"data": "abc"}
+    last = train(model, data or FakeData(), collate, made, work_dir, *told, resume, hooks, strategy)
     return SimpleNamespace(last=last, model=model)
 
 

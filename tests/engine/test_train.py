@@ -146,7 +146,7 @@ def test_frozen_parameters_stay_and_all_frozen_is_an_error(lab, tmp_path):
 def test_gradient_checkpointing_reaches_a_transformers_model_and_refuses_others(lab, tmp_path):
     from transformers import LlamaConfig, LlamaModel
 
-    from laavit.engine.runner import enable_gradient_checkpointing
+    from laavit.engine.strategies import enable_gradient_checkpointing
 
     with pytest.raises(UserError, match="gradient_checkpointing"):
         lab.run(tmp_path, gradient_checkpointing=True)

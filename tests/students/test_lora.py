@@ -14,7 +14,7 @@ from families.names import patterns
 from safetensors.torch import load_file
 
 from laavit.backbones import Backbone
-from laavit.engine.runner import enable_gradient_checkpointing
+from laavit.engine.strategies import enable_gradient_checkpointing
 from laavit.latents import LearnedLatents, latent_tokens
 from laavit.model import LaViT
 from laavit.registry import UserError
