@@ -132,6 +132,17 @@ class Pooled:
     n: int
     p: float | None = None
 
+    @property
+    def tested(self) -> float:
+        """p, of a difference.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if self.p is None:
+            raise ValueError("only a difference has a p value")
+        return self.p
+
 
 def pooled(
     correct: NDArray[Any],

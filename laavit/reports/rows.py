@@ -56,7 +56,7 @@ class Gain:
     Args:
         p: McNemar's test (``exact``), or from the draws where seeds or images make that test wrong.
         won, lost: what only the first, only the second has right; None with several seeds.
-        discordance: the share on which the two differ (the mean over pairs of seeds).
+        discordance: the share on which the two differ (the mean over pairs of runs).
     """
 
     mean: float
@@ -107,15 +107,37 @@ def score(seeds: Sequence[Units], iterations: int = ITERATIONS, seed: int = 0) -
     return Score(found.mean, low, high, found.sd, len(seeds), count, right)
 
 
-def gain(first: Sequence[Units], second: Sequence[Units], iterations: int = ITERATIONS, seed: int = 0) -> Gain | None:
-    """What the first row has over the second, on what all of their seeds answered; None where that is nothing."""
+def alike(first: Sequence[int | None], second: Sequence[int | None]) -> list[tuple[int, int]]:
+    """Places of the runs of one seed, which began alike; none where a run hangs on no seed, or two on the same."""
+    known = [set(seeds) - {None} for seeds in (first, second)]
+    if [len(one) for one in known] != [len(first), len(second)]:
+        return []
+    return [(place, second.index(seed)) for place, seed in enumerate(first) if seed in known[1]]
+
+
+def gain(
+    first: Sequence[Units],
+    second: Sequence[Units],
+    iterations: int = ITERATIONS,
+    seed: int = 0,
+    seeds: tuple[Sequence[int | None], Sequence[int | None]] = ((), ()),
+) -> Gain | None:
+    """What the first row has over the second, on what all of their seeds answered; None where that is nothing.
+
+    Args:
+        seeds: of the runs of both rows. Where both have runs of one seed, these alone are compared, one by one: what a
+            seed does to both cancels.
+    """
+    pairs = alike(*seeds)
+    if pairs:
+        first, second = [first[i] for i, _ in pairs], [second[j] for _, j in pairs]
     keys, _ = _aligned([*first, *second])
     if not first or not second or not keys:
         return None
     won: int | None = None  # of several seeds: of which pair?
     lost: int | None = None
     ours, theirs = (np.array([[one[key].value for key in keys] for one in seeds]) for seeds in (first, second))
-    apart = float((ours[:, None] != theirs[None]).mean())
+    apart = float((ours != theirs if pairs else ours[:, None] != theirs[None]).mean())
     strata, clusters = _labels(first[0], keys, _strata), _labels(first[0], keys, _cluster)
     if len(first) == len(second) == 1:
         a, b = ours[0].tolist(), theirs[0].tolist()
@@ -123,9 +145,9 @@ def gain(first: Sequence[Units], second: Sequence[Units], iterations: int = ITER
         if strata is None and clusters is None:
             exact = paired_bootstrap(a, b, iterations=iterations, seed=seed)
             return Gain(exact.mean, exact.low, exact.high, len(keys), mcnemar(a, b), True, won, lost, apart)
-    options: dict[str, Any] = {"strata": strata, "clusters": None if strata else clusters}
+    options: dict[str, Any] = {"strata": strata, "clusters": None if strata else clusters, "paired": bool(pairs)}
     found = pooled_difference(ours, theirs, iterations=iterations, seed=seed, **options)
-    return Gain(found.mean, found.low, found.high, len(keys), found.p or 0.0, False, won, lost, apart)
+    return Gain(found.mean, found.low, found.high, len(keys), found.tested, False, won, lost, apart)
 
 
 @dataclass(frozen=True)
@@ -140,6 +162,11 @@ class Row:
     def evaluation(self) -> Evaluation:
         """The first seed's, for what all of them share."""
         return self.evaluations[0]
+
+    @property
+    def seeds(self) -> list[int | None]:
+        """Each evaluation's."""
+        return [one.seed for one in self.evaluations]
 
     @property
     def source(self) -> str:
@@ -223,5 +250,8 @@ def pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 def comparisons(rows: Sequence[Row], iterations: int = ITERATIONS, seed: int = 0) -> list[Comparison]:
     """Every comparison of ``pairs`` that has questions in common."""
-    found = [(row, other, gain(row.units(), other.units(), iterations, seed)) for row, other in pairs(rows)]
+    found = [
+        (row, other, gain(row.units(), other.units(), iterations, seed, (row.seeds, other.seeds)))
+        for row, other in pairs(rows)
+    ]
     return [Comparison(row, other, one) for row, other, one in found if one is not None]

@@ -60,6 +60,7 @@ class Evaluation:
         source: the records file, relative to the run's parent. digest: the SHA-256 of that file.
         intervention: what was changed at inference, by name. protocol: how it was asked and judged.
         effects: ``interventions.json``, what changes changed; empty where none were made.
+        seed: the run's; None for a model that hangs on none. Runs of one seed began alike.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Evaluation:
     intervention: str = ""
     protocol: str = "lmms"
     effects: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
 
     @property
     def way(self) -> str:
@@ -132,14 +134,16 @@ def load_run(path: Path, label: str | None = None) -> Run:
     if not path.is_dir():
         raise UserError(f"there is no run folder at {path}")
     recipe_file = path / "recipe.json"
+    recipe = read_object(recipe_file)
+    folders = [file.parent for file in sorted(path.glob("eval/*/records.jsonl"))]
     return Run(
         path=path,
         label=label or path.name,
-        recipe=read_object(recipe_file),
+        recipe=recipe,
         recipe_hash=_digest(recipe_file) if recipe_file.is_file() else "",
         environment=read_object(path / "environment.json"),
         log=_read_log(path / "log.jsonl"),
-        evaluations=tuple(_read_evaluation(file.parent, path) for file in sorted(path.glob("eval/*/records.jsonl"))),
+        evaluations=tuple(_read_evaluation(folder, path, recipe.get("seed")) for folder in folders),
         gaze=_read_gaze(path / "gaze"),
         statistics=read_object(path / "gaze" / "statistics.json"),
         analyses=_read_analyses(path / "analysis"),
@@ -197,10 +201,16 @@ def load_sweep(folder: Path) -> list[Run]:
     """
     plan = read_object(folder / SWEEP)
     runs = []
-    for cell in plan.get("cells", ()):
+    cells = plan.get("cells", ())
+    seeds = Counter(cell["arm"] for cell in cells)
+    for cell in cells:
         path = folder / "cells" / cell["name"]
         if path.is_dir():
-            runs.append(replace(load_run(path, cell.get("label") or cell["arm"]), arm=cell["arm"]))
+            run = load_run(path, cell.get("label") or cell["arm"])
+            # a model that is evaluated as it is hangs on the seed where there is one of it for each
+            seed = cell.get("seed") if run.recipe or seeds[cell["arm"]] > 1 else None
+            evaluations = tuple(replace(one, seed=seed) for one in run.evaluations)
+            runs.append(replace(run, arm=cell["arm"], evaluations=evaluations))
         else:
             logger.warning("%s has not been run", path)
     if not runs:
@@ -231,7 +241,7 @@ def _read_log(path: Path) -> tuple[Mapping[str, Any], ...]:
     return tuple(steps[i] for i in sorted(steps))
 
 
-def _read_evaluation(folder: Path, run: Path) -> Evaluation:
+def _read_evaluation(folder: Path, run: Path, seed: int | None) -> Evaluation:
     file = folder / "records.jsonl"
     records: dict[tuple[str, str], Record] = {}
     for number, row in enumerate(read_records(file), start=1):
@@ -259,6 +269,7 @@ def _read_evaluation(folder: Path, run: Path) -> Evaluation:
         intervention=str(changed.get("name", changed.get("type")) if isinstance(changed, Mapping) else changed or ""),
         protocol=str(summary.get("protocol", "lmms")),
         effects=read_object(folder / "interventions.json"),
+        seed=seed,
     )
 
 

@@ -12,7 +12,7 @@ from laavit.evaluation.power import detectable_gain
 from laavit.evaluation.statistics import benjamini_hochberg, holm
 from laavit.registry import UserError
 from laavit.reports.matching import match
-from laavit.reports.rows import Gain, Score, Unit, Units, gain, score
+from laavit.reports.rows import ITERATIONS, Gain, Score, Unit, Units, gain, score
 from laavit.reports.runs import Evaluation, Record, Run
 from laavit.reports.spec import Column, Line, Sheet, countable
 from laavit.reports.table import EMPTY, Cell, Table
@@ -252,7 +252,7 @@ def gain_table(sheet: Sheet, reference: Line, results: Results) -> Table | None:
             ours, theirs = results.get((line.name, column.name)), results.get((reference.name, column.name))
             if line is reference or ours is None or theirs is None:
                 continue
-            if (found := gain(ours.units, theirs.units)) is not None:
+            if (found := _gain(ours, theirs)) is not None:
                 gains[line.name, column.name] = found
     if not gains:
         return None
@@ -270,7 +270,7 @@ def gain_table(sheet: Sheet, reference: Line, results: Results) -> Table | None:
     notes = [
         f"Points on the questions that both answered, with a 95 % paired interval; p from {tests}. {len(gains)} "
         "comparisons are made in this table: Holm keeps the chance of even one false find among them at 5 %, BH "
-        "(Benjamini-Hochberg) the share of false finds."
+        "(Benjamini-Hochberg) the share of false finds. Runs of one seed are compared with each other."
     ]
     seeds = {len(one.evaluations) for one in results.values()}
     if 1 in seeds and len(seeds) > 1:
@@ -279,6 +279,12 @@ def gain_table(sheet: Sheet, reference: Line, results: Results) -> Table | None:
     return Table(
         title, ["model", *(c.name for c in sheet.columns)], body, notes, name=f"{sheet.name}, − {reference.name}"
     )
+
+
+def _gain(ours: Result, theirs: Result, iterations: int = ITERATIONS) -> Gain | None:
+    """Of two rows in a column; runs of one seed are compared with each other."""
+    seeds = [one.seed for one in ours.evaluations], [one.seed for one in theirs.evaluations]
+    return gain(ours.units, theirs.units, iterations, seeds=seeds)
 
 
 def _adjusted(gains: Mapping[tuple[str, str], Gain]) -> dict[tuple[str, str], tuple[float, float]]:
@@ -357,6 +363,6 @@ def _discordance(sheet: Sheet, column: Column, results: Results) -> float | None
         for name in sheet.reference[:1]
         for line in sheet.rows
         if line.name != name and (line.name, column.name) in results and (name, column.name) in results
-        and (one := gain(results[line.name, column.name].units, results[name, column.name].units, iterations=10))
+        and (one := _gain(results[line.name, column.name], results[name, column.name], iterations=10))
     ]  # fmt: skip
     return sum(found) / len(found) if found else None

@@ -71,7 +71,7 @@ def study_table(title: str, rows: Sequence[Row], references: Sequence[str]) -> T
     adjusted: dict[tuple[int, int], float] = {}
     for i in range(len(references)):
         asked = [(place, one.gains[i]) for place, one in enumerate(found)]
-        ps = [(place, gain.p or 0.0) for place, gain in asked if gain is not None]
+        ps = [(place, gain.tested) for place, gain in asked if gain is not None]
         adjusted |= {(place, i): p for (place, _), p in zip(ps, holm([p for _, p in ps]))}
     body = []
     for place, one in enumerate(found):

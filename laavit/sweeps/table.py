@@ -150,7 +150,7 @@ def table_of(plan: Plan, results: Sequence[Result], columns: Sequence[Column]) -
     """The table that people read: per cent with intervals, the difference to the reference, and Holm's p."""
     asked = max((share.n for result in results for share in result.shares[:1] if share), default=0)
     compared = [result for result in results if result.difference is not None]
-    ps = dict(zip(map(id, compared), holm([one.difference.p or 0.0 for one in compared if one.difference])))
+    ps = dict(zip(map(id, compared), holm([one.difference.tested for one in compared if one.difference])))
     body = []
     for result in results:
         row = result.row

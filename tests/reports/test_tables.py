@@ -89,3 +89,24 @@ def test_only_differing_keys_of_recipes_are_shown() -> None:
 
 def test_p_values_are_printed() -> None:
     assert [p_text(p) for p in (1.0, 0.0123, 0.00001)] == ["= 1.0000", "= 0.0123", "< 0.0001"]
+
+
+def test_runs_of_one_seed_are_compared_with_each_other() -> None:
+    """What a seed does to both rows cancels: the interval is narrow, however far the seeds lie apart."""
+    base = [[i < right for i in range(100)] for right in (30, 60, 90)]
+    better = [[i < right + 5 for i in range(100)] for right in (30, 60, 90)]
+
+    def rows(label: str, answers: list[list[bool]], seeds: list[int | None]) -> Row:
+        records = [tuple(Record("t", str(i), right) for i, right in enumerate(one)) for one in answers]
+        found = [Evaluation("e", "on", "", own, "", "", seed=seed) for own, seed in zip(records, seeds)]
+        return Row(label, label, tuple(found))
+
+    naive = rows("naive", base, [0, 1, 2])
+    (paired,) = comparisons([naive, rows("ours", better[::-1], [2, 1, 0])])
+    (apart,) = comparisons([naive, rows("ours", better[::-1], [None] * 3)])
+    (one,) = comparisons([naive, rows("ours", better[2:], [2])])
+    assert paired.gain.mean == apart.gain.mean == pytest.approx(0.05)
+    assert paired.gain.low > 0 and paired.gain.p < 0.05
+    assert apart.gain.low < 0 and apart.gain.p > 0.5
+    assert paired.gain.discordance == pytest.approx(0.05) and apart.gain.discordance > 0.2
+    assert (one.gain.won, one.gain.lost) == (5, 0)  # with the one run that began alike, not with all three
