@@ -16,13 +16,22 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from laavit.engine.checkpoint import latest_checkpoint
 from laavit.engine.distributed import pick_device, process_group, rank_and_world
 from laavit.engine.environment import describe
-from laavit.engine.hooks import CheckpointHook, GuardHook, LogHook, ProgressHook, StepHook, TensorBoardHook
+from laavit.engine.hooks import (
+    CheckpointHook,
+    DataWaitHook,
+    GuardHook,
+    LogHook,
+    ProgressHook,
+    StepHook,
+    TensorBoardHook,
+)
 from laavit.engine.hooks.log import FILE, truncate_log
+from laavit.engine.loader import build_loader
 from laavit.engine.loop import StepLoop
 from laavit.engine.optim import StepOptimWrapper, build_adamw, unique_parameters
 from laavit.engine.resuming import check_resumable, restorer, starting_point
@@ -42,7 +51,11 @@ PARTS = ("student", "latents", "gate", "targets", "prompt")
 
 
 class Trainable(Protocol):
-    """What ``train`` asks of a model, beside being an ``mmengine.model.BaseModel``."""
+    """What ``train`` asks of a model, beside being an ``mmengine.model.BaseModel``.
+
+    A model may have ``counts(**batch)``, over how many things each of its losses is a mean, by name; its ``forward``
+    then takes ``shares`` (laavit/engine/normalisation.py).
+    """
 
     def set_step(self, step: int) -> None:
         """Told before every optimizer step, 0-based."""
@@ -212,6 +225,7 @@ def _run(
         StepHook(),
         GuardHook(),
         LogHook(settings, sampler.epoch(1)),
+        DataWaitHook(settings),
         *([TensorBoardHook()] if settings.tensorboard else []),
         ProgressHook(settings.steps),
         CheckpointHook(settings, named, data),
@@ -221,14 +235,7 @@ def _run(
         restore=restore,
         model=wrapped,
         work_dir=str(work_dir),
-        train_dataloader=DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=settings.workers,
-            # Its own generator: starting workers must not move the generator that the model draws from.
-            generator=torch.Generator().manual_seed(settings.seed),
-        ),
+        train_dataloader=build_loader(dataset, sampler, collate, settings, device),
         train_cfg={
             "type": StepLoop,
             "max_iters": settings.steps,
