@@ -29,6 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from laavit.packing import Packing, per_sample
 from laavit.segments import Segment
 
 IMPLEMENTATION = "laavit"
@@ -79,6 +80,8 @@ class AttentionContext:
             stays empty): many rows of a deep decoder then cost the memory of one layer's.
         segment: where the pass reads a part of the sequence: which, and what was read before it. Then rows count in
             the pass's own queries, and paths, but for the first pass, in the columns of the batch.
+        packing: where the pass reads a packed row (B is 1 for the decoder): which position is whose. All else here
+            counts in samples and their columns.
     """
 
     paths: tuple[GatePath, ...] = ()
@@ -89,6 +92,7 @@ class AttentionContext:
     pairs: Mapping[int, Collection[int]] | None = None
     merged: bool = False
     segment: Segment | None = None
+    packing: Packing | None = None
     recorded: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _sum: Tensor | None = field(default=None, repr=False)
     _heads: dict[int, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
@@ -322,6 +326,7 @@ def gated_suffix(
     return out.reshape(batch, heads, count, -1).transpose(1, 2)
 
 
+@per_sample
 def laavit_attention(
     module: nn.Module,
     query: Tensor,

@@ -28,6 +28,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from laavit.attention import AttentionContext, GatePath, record_rows
+from laavit.packing import per_sample
 from laavit.registry import UserError
 
 FLEX = "laavit_flex"
@@ -73,6 +74,7 @@ def gate_score(paths: Sequence[GatePath], dtype: torch.dtype) -> Callable[..., T
     return score_mod
 
 
+@per_sample
 def laavit_flex_attention(
     module: nn.Module,
     query: Tensor,

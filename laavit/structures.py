@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laavit.packing import Packing
+
 
 class Role(IntEnum):
     """What a position of the sequence is; every position is exactly one of these."""
@@ -224,6 +226,7 @@ class Batch:
     features: list[Tensor] | None = None
     targets: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # target's name -> what it prepared, padded
     shared: SharedPrefix | None = None  # then ``vision`` and ``features`` are those of its P beginnings
+    packing: Packing | None = None  # then the decoder reads one row without the padding; the tensors here keep it
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with every tensor on a device; copies from pinned memory are not waited for."""
@@ -239,6 +242,8 @@ class Batch:
                 return change(value)
             if isinstance(value, SharedPrefix):
                 return SharedPrefix(change(value.owners), change(value.first), change(value.stops))
+            if isinstance(value, Packing):
+                return value.changed(change)
             if isinstance(value, dict):
                 return {key: changed(item) for key, item in value.items()}
             if isinstance(value, list) and value and isinstance(value[0], Tensor):

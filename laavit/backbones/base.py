@@ -21,6 +21,7 @@ from laavit.backbones.loading import check_map, dtype_of, quantization_config, r
 from laavit.backbones.unrolling import fed_back, unrolled
 from laavit.files import read_object
 from laavit.latents import NO_LATENTS, LatentLayout, latent_tokens, layout_of
+from laavit.packing import Packing, no_mask
 from laavit.paths import EXPORT_CARD
 from laavit.recipe import zoo_path
 from laavit.registry import UserError
@@ -121,6 +122,9 @@ class Backbone:
         """
         if batch.shared is not None or (self.layout.feedback and bool((batch.roles == Role.LATENT).any())):
             return unrolled(self, batch, context)
+        if batch.packing is not None:
+            context = context or AttentionContext()
+            context.packing = batch.packing
         return self.read(batch, context)
 
     def read(self, batch: Batch, context: AttentionContext | None = None, stop: int | None = None) -> Tensor:
@@ -130,12 +134,17 @@ class Backbone:
         """
         rows = slice(None) if batch.shared is None else batch.shared.first
         ids, positions = batch.input_ids[rows, :stop], batch.position_ids
-        inputs = self._image_inputs(batch) | self.family.text_inputs(ids)
         positions = positions[..., rows, :stop] if positions is not None else None
+        inputs, packing = self._image_inputs(batch), context.packing if context is not None else None
+        if packing is not None:
+            positions = packing.columns[None] if positions is None else packing.pack_ids(positions)
+            ids, inputs["attention_mask"] = packing.pack(ids), no_mask(ids.device)
+        inputs |= self.family.text_inputs(ids)
         output = self.model.model(  # type: ignore[operator]
             input_ids=ids, position_ids=positions, use_cache=False, laavit=context, **inputs
         )
-        return output.last_hidden_state
+        states: Tensor = output.last_hidden_state
+        return states if packing is None else packing.unpack(states)
 
     def _image_inputs(self, batch: Batch) -> dict[str, Any]:
         """Forward arguments for a batch's images: pixels, or features where they are cached."""
@@ -278,16 +287,23 @@ def shared_prefix(items: Sequence[Encoded], image_token: int) -> SharedPrefix | 
     return SharedPrefix(torch.tensor(owners), torch.tensor(first), torch.tensor(stops))
 
 
-def collate(items: Sequence[Encoded], family: Any, pad: int, share: bool = False) -> Batch:
+def collate(items: Sequence[Encoded], family: Any, pad: int, share: bool = False, pack: bool = False) -> Batch:
     """Right-pad samples into one batch.
 
     Args:
         items: encoded samples, all with cached features or all without. family: their model family.
         pad: padding token id. share: read what samples begin with alike once (``shared_prefix``).
+        pack: have the decoder read one row without padding (laavit/packing.py).
+
+    Raises:
+        UserError: samples are to be packed, and the family's cannot be.
     """
+    if pack and family.unpackable:
+        raise UserError(f"train.packing: {type(family).__name__} cannot be packed: {family.unpackable}")
     shared = shared_prefix(items, family.image_token_id) if share else None
     seen = items if shared is None else [items[place] for place in shared.first.tolist()]
-    length = max(len(item.input_ids) for item in items)
+    lengths = torch.tensor([len(item.input_ids) for item in items])
+    length = int(lengths.max())
 
     def padded(tensors: Sequence[Tensor], fill: int) -> Tensor:
         out = tensors[0].new_full((len(tensors), *tensors[0].shape[:-1], length), fill)
@@ -316,4 +332,5 @@ def collate(items: Sequence[Encoded], family: Any, pad: int, share: bool = False
         samples=[item.sample for item in items],
         features=features,
         shared=shared,
+        packing=Packing.of(torch.arange(length) < lengths[:, None]) if pack else None,
     )

@@ -21,7 +21,8 @@ def input_embeddings(decoder: nn.Module | None) -> Iterator[list[Tensor]]:
         return
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["inputs_embeds"])
+        embeddings, packing = kwargs["inputs_embeds"], getattr(kwargs.get("laavit"), "packing", None)
+        seen.append(embeddings if packing is None else packing.unpack(embeddings))
 
     handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
     try:

@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from laavit.attention import AttentionContext
 from laavit.backbones.rows import positions
 from laavit.latents import check_attention, latent_tokens
+from laavit.packing import Packing, no_mask
 from laavit.registry import UserError
 from laavit.segments import Segment, joined_rows, places, segments
 from laavit.structures import Batch, Role
@@ -59,8 +60,12 @@ def unrolled(backbone: Backbone, batch: Batch, context: AttentionContext | None 
         columns = parts[number].columns.clamp(min=0)
         if batch.position_ids is not None:
             columns = batch.position_ids.gather(-1, columns.expand(*batch.position_ids.shape[:-1], -1))
-        output = decoder(inputs_embeds=embeddings, position_ids=columns, use_cache=False, laavit=contexts[number])
-        return output.last_hidden_state
+        asked: dict[str, Any] = {"use_cache": False, "laavit": contexts[number]}
+        if (packing := contexts[number].packing) is not None:
+            embeddings, columns = packing.pack(embeddings), packing.pack_ids(columns)
+            asked["attention_mask"] = no_mask(embeddings.device)
+        states: Tensor = decoder(inputs_embeds=embeddings, position_ids=columns, **asked).last_hidden_state
+        return states if packing is None else packing.unpack(states)
 
     states = [backbone.read(batch, contexts[0], parts[0].columns.shape[1])]
     if shared is not None:
@@ -175,6 +180,8 @@ def _contexts(
                     raise ValueError("rows of a beginning that samples share cannot be recorded, only what follows it")
                 rows, index[number] = (place.gather(1, own.clamp(min=0)) - offset).masked_fill(own < 0, -1), own
         found.append(context.part(part, rows, context.paths if part.past else paths))
+        if batch.packing is not None:
+            found[-1].packing = Packing.of(part.columns >= 0)
         offset += part.columns.shape[1]
     return found, index
 

@@ -92,7 +92,8 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     }
     trainable = f"{card['trainable_parameters']:,}"
     logger.info("%d samples, %s trainable parameters -> %s", len(samples), trainable, work_dir)
-    collate = Collate(student.backbone.family, student.backbone.tokenizer.pad_token_id, settings.shared_prefix)
+    backbone, packed = student.backbone, settings.packing == "pack"
+    collate = Collate(backbone.family, backbone.tokenizer.pad_token_id, settings.shared_prefix, packed)
     return train(model, dataset, collate, settings, work_dir, recipe.config, card, resume, strategy=strategy)
 
 

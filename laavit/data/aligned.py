@@ -271,14 +271,16 @@ class Collate:
 
     Args:
         family: the student's. pad: its padding token. share: read what samples of a batch begin with alike once.
+        pack: have the decoder read a batch as one row without padding.
     """
 
     family: Any
     pad: int
     share: bool = False
+    pack: bool = False
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Batch]:
-        batch = collate([encoded for encoded, _ in items], self.family, self.pad, self.share)
+        batch = collate([encoded for encoded, _ in items], self.family, self.pad, self.share, self.pack)
         batch.targets = {name: stack([prepared[name] for _, prepared in items]) for name in items[0][1]}
         return {"batch": batch}
 

@@ -10,6 +10,7 @@ from laavit.registry import SETTINGS, UserError, nearest
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
+PACKINGS = ("none", "pack")
 
 
 class TrainingStopped(UserError):
@@ -35,6 +36,8 @@ class TrainSettings:
         shared_prefix: read what the samples of a micro-batch begin with alike (system prompt and image, where
             questions are about the same one) once, with the same gradient (dropout aside, which draws other numbers);
             ``grouped`` brings such samples together.
+        packing: 'pack' has the decoder read the samples of a micro-batch as one row without padding, with the same
+            losses and gradient (dropout aside); 'none' side by side, padded to the longest.
         lr: peak learning rate of AdamW.
         betas: AdamW's decay rates of the first and second moment.
         weight_decay: AdamW's decoupled decay of matrices; vectors (norms, biases) are never decayed.
@@ -62,6 +65,7 @@ class TrainSettings:
     accumulate: int = 1
     grouped: bool = False
     shared_prefix: bool = False
+    packing: Literal["none", "pack"] = "none"
     lr: float = 5e-6
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -101,7 +105,7 @@ class TrainSettings:
             raise UserError(f"train.warmup_ratio: got {self.warmup_ratio}; allowed: 0 to 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas: got {self.betas}; allowed: two numbers from 0 to below 1")
-        for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+        for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("packing", PACKINGS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"train.{name}: got {getattr(self, name)!r}; {nearest(getattr(self, name), allowed)}")
 

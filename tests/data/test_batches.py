@@ -165,6 +165,15 @@ def test_one_batch_keeps_its_bits(whole: Any) -> None:
     assert all(torch.equal(plain[name], weighed[name]) for name in plain)
 
 
+def test_packed_equals_padded(whole: Any, tmp_path: Path) -> None:
+    """Alone, with shared beginnings, and in three rows."""
+    assert_same(step(whole.model, whole.items, tmp_path / "1", {"pack": True}), whole.step)
+    assert_same(step(whole.model, whole.items, tmp_path / "2", {"share": True}, grouped=True, batch_size=3), whole.step)
+    together = {"pack": True, "share": True}
+    assert_same(step(whole.model, whole.items, tmp_path / "3", together), whole.step)
+    assert_same(step(whole.model, whole.items, tmp_path / "4", together, accumulate=3), whole.step)
+
+
 def in_two_processes(work: Callable[[], None]) -> None:
     """Run ``work`` in two forked processes with the environment that torchrun gives."""
     with socket.socket() as probe:

@@ -34,6 +34,8 @@ class Family:
     image_settings: tuple[str, ...] = ()
     #: whether ``feature_inputs`` can hand image features over in place of pixels
     takes_features = False
+    #: why samples cannot be packed into one row; empty where they can
+    unpackable: str = ""
     #: patches of the vision tower along each side of a token
     merge: int = 1
 

@@ -21,6 +21,7 @@ class Gemma3(Tiled):
     layers look back no further than a sliding window, so that late rows see nothing of an early image there.
     """
 
+    unpackable = "an image's tokens see each other in both directions, which packed samples have no mask for"
     image_settings = (
         "do_pan_and_scan",
         "pan_and_scan_min_crop_size",
