@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,23 @@ from laavit.registry import KINDS, SETTINGS, UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are the project's: one line, exit code 2."""
+    """argparse whose complaints are the project's: one line, exit code 2; usage lines begin with ``laavit``."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message} (--help lists what is allowed)")
+
+    def format_usage(self) -> str:
+        return self._as_typed(super().format_usage())
+
+    def format_help(self) -> str:
+        return self._as_typed(super().format_help())
+
+    def _as_typed(self, text: str) -> str:
+        return (
+            text
+            if self.prog.startswith("laavit")
+            else text.replace(f"usage: {self.prog}", f"usage: laavit {self.prog}", 1)
+        )
 
 
 def recipe_parser(prog: str, description: str) -> Parser:
@@ -82,6 +96,21 @@ def recipe_flags(recipe: Recipe) -> str:
     # jsonargparse offers a file for every group; here a component is replaced by name, and a section has no name
     text = re.sub(rf"  --({'|'.join(SECTIONS)}) CONFIG\s+Path to a configuration file\.\n", "", parser.format_help())
     return re.sub(r"(  --\S+) CONFIG(\s+)Path to a configuration file\.", r"\1 NAME\2  another part by name", text)
+
+
+def minutes(text: str) -> float:
+    """A word of the command line as minutes.
+
+    Raises:
+        ArgumentTypeError: it is no number from 0.
+    """
+    try:
+        given = float(text)
+    except ValueError:
+        given = math.nan
+    if not 0 <= given < math.inf:
+        raise argparse.ArgumentTypeError(f"got '{text}'; allowed: a number of minutes, 0 or more")
+    return given
 
 
 def file_digest(path: Path) -> str:

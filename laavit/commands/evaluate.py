@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--interventions", nargs="+", default=[], help="done as well: 'standard', or names")
     parser.add_argument("--intervention-limit", type=int, help="at most so many questions a task for --interventions")
     parser.add_argument("--import", dest="imports", nargs="*", default=[], help=".py files or modules of your own")
+    for name, end in (("--min-pixels", "least"), ("--max-pixels", "most")):
+        parser.add_argument(name, type=int, help=f"an image is shown at {end} this large; default: the model's own")
     parser.add_argument("--limit", type=int, help="at most so many questions a task")
     parser.add_argument("--fresh", action="store_true", help="ask again what an unfinished evaluation has answered")
     parser.add_argument("--dtype", default="auto")
@@ -98,6 +100,7 @@ def main(argv: Sequence[str]) -> int:
         options.include_path, options.data_root, options.device, options.dtype, intervention=intervention,
         protocol=options.protocol, imports=options.imports, fresh=options.fresh,
         interventions=options.interventions, intervention_limit=options.intervention_limit,
+        min_pixels=options.min_pixels, max_pixels=options.max_pixels,
     )  # fmt: skip
     leave()
     for task, entry in (summary or {}).get("tasks", {}).items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laavit.commands import sweep
-from laavit.commands.common import Parser
+from laavit.commands.common import Parser, minutes
 from laavit.files import read_object, write_json, write_text
 from laavit.paths import project_data
 from laavit.registry import UserError, nearest
@@ -109,10 +109,10 @@ def write(name: str, record: Path, folder: Path) -> None:
     write_text(readme, placed(readme.read_text(encoding="utf-8"), name, rendered(record)))
 
 
-def run(name: str, minutes: float | None, more: Sequence[str]) -> tuple[Any, int]:
+def run(name: str, left: float | None, more: Sequence[str]) -> tuple[Any, int]:
     """Run what is left of a sweep; returns its plan and the sweep's exit code."""
     file = str(project_data("model_zoo") / "microlab" / "sweeps" / f"{name}.py")
-    limit = [] if minutes is None else ["--max-minutes", f"{minutes:.2f}"]
+    limit = [] if left is None else ["--max-minutes", f"{left:.4f}"]
     code = sweep.main([file, *limit, *more])
     options, _ = sweep.parser().parse_known_args([file])
     return sweep.plan_from(options, {})[0], code
@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> int:
         description="The micro-lab's study. It goes on where it was stopped; its results are what runs have left.",
     )
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=f"of {', '.join(SWEEPS)}; default all")
-    parser.add_argument("--max-minutes", type=float, help="start no further run after so many minutes")
+    parser.add_argument("--max-minutes", type=minutes, help="start no further run after so many minutes")
     parser.add_argument("--workers", help="runs at a time; default one a core")
     parser.add_argument("--render", action="store_true", help="run nothing: draw the records of the model zoo again")
     parser.add_argument("--write", action="store_true", help="put records, pictures and tables into model_zoo/microlab")

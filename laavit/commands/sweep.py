@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from laavit.commands.common import Parser
+from laavit.commands.common import Parser, minutes
 from laavit.recipe import parse_overrides, zoo_path
 from laavit.registry import UserError
 from laavit.sweeps.plan import Cell, Plan, changed, check_stores, check_tasks, plan_of
-from laavit.sweeps.settings import Sweep, read_sweep
+from laavit.sweeps.settings import Sweep, read_arms, read_sweep
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def parser() -> Parser:
     parser.add_argument("--only-before", action="store_true", help="make what has to be there first, and stop")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and what is left of them, and stop")
     parser.add_argument("--table", action="store_true", help="write the table of what is there, and stop")
-    parser.add_argument("--max-minutes", type=float, help="start no further run after so many minutes")
+    parser.add_argument("--max-minutes", type=minutes, help="start no further run after so many minutes")
     parser.add_argument("--redo", action="store_true", help="start runs anew whose recipe has changed since")
     parser.add_argument("--workers", type=int, help="runs at a time; default one a GPU, or one a core")
     parser.add_argument("--threads", type=int, help="of each worker; default an equal share of the cores")
@@ -62,6 +62,11 @@ def plan_from(options: Namespace, overrides: dict[str, object]) -> tuple[Plan, S
         return Plan.read(file), None
     more = parse_overrides([f"--{word}" for word in options.override])
     sweep = read_sweep(file, overrides)
+    for key in more:
+        holders = [name for name, given in (("grid", sweep.grid), ("per_seed", sweep.per_seed)) if key in given]
+        holders += [f"the arm '{name}'" for name, arm in read_arms(sweep, file.parent).items() if key in arm.overrides]
+        if holders:
+            raise UserError(f"--override {key}: {holders[0]} of the sweep sets it; change it there, or leave it out")
     sweep.overrides.update(more)
     out = Path(options.out or sweep.out or f"runs/sweeps/{sweep.name}")
     return plan_of(sweep, file.parent, out), sweep

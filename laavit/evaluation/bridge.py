@@ -128,16 +128,20 @@ class Laavit(Answerer, lmms):
 
     def _about(self, protocol: str) -> dict[str, Any]:
         """What all answers have in common, as plain data."""
-        images = [self.processor.image_processor.to_dict(), self.processor.chat_template]
+        config = {name: value for name, value in self.model.config.to_dict().items() if name != "_name_or_path"}
+        reading = [self.processor.image_processor.to_dict(), self.processor.chat_template, config]
+        words = getattr(self.tokenizer, "backend_tokenizer", None)
+        reading += [self.model.generation_config.to_dict(), words.to_str() if words else self.tokenizer.get_vocab()]
         known = weights_sha256(self.pretrained) or getattr(self.model.config, "_commit_hash", None)
         return {
             "weights": known or self.pretrained,
             "protocol": protocol,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "system": self.system,
-            "processor": hashlib.sha256(json.dumps(images, sort_keys=True, default=str).encode()).hexdigest(),
+            "processor": hashlib.sha256(json.dumps(reading, sort_keys=True, default=str).encode()).hexdigest(),
             "versions": {name: metadata.version(name) for name in ("laavit", "torch", "transformers", "lmms_eval")},
             **{name: self.given.get(name) for name in GIVEN},
+            "latents": str(self.given["latents"]),  # a number from a command line is a word
         }
 
     # -- what lmms-eval calls

@@ -125,7 +125,9 @@ def test_help_lists_the_recipes_keys(project: Path, capsys: Capture) -> None:
     text = capsys.readouterr().out
     for key in ("--gate.warmup", "--latents.count", "--targets.concept.weight", "--train.lr", "--seed", "--work-dir"):
         assert key in text, key
-    assert run("train", ["--help"]) == 0 and "--resume" in capsys.readouterr().out
+    assert run("train", ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--resume" in text and text.startswith("usage: laavit train ")
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("train", "extract", "eval", "export", "report", "list", "show"))

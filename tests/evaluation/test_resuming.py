@@ -95,6 +95,21 @@ def test_a_stopped_evaluation_asks_only_what_is_missing(
     assert sum(counted.sizes) == 30
 
 
+def test_answers_of_a_model_with_other_words_or_settings_are_not_gone_on_with(
+    export: Path, microlab_data: Path, tmp_path: Path, counted: Counted
+) -> None:
+    """Weights alike, but how it decodes or splits words is another; a number of latents may be given as a word."""
+    folder = shutil.copytree(export, tmp_path / "model")
+    out = tmp_path / "out"
+    stopped(counted, folder, microlab_data, out, after=2, latents=4)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 3.0}))
+    with pytest.raises(UserError, match="processor"):
+        asked(folder, microlab_data, out, latents=4)
+    shutil.copy(export / "generation_config.json", folder)
+    asked(folder, microlab_data, out, latents="4")
+    assert sum(counted.sizes) == 20
+
+
 def test_several_tasks_load_the_model_once(
     export: Path, microlab_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from laavit.cli import main as cli
 from laavit.registry import UserError
@@ -85,6 +86,29 @@ def test_a_bad_cell_ends_the_command_before_the_first_one(
     assert "no arm 'naiv'" in capsys.readouterr().err
     assert cli([*words, "--seeds", "7"]) == 2
     assert "no seed 7; allowed: 0, 1" in capsys.readouterr().err
+    assert cli([*words, "--max-minutes", "-3"]) == 2
+    assert "got '-3'; allowed: a number of minutes, 0 or more" in capsys.readouterr().err
+
+
+def test_an_override_that_would_change_nothing_is_refused(
+    lab_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What grids, seeds and arms set goes before the command line's overrides, which would be lost without a word."""
+    file = tmp_path / "sweep.yaml"
+    arms = {"naive": {"recipe": str(lab_folder / "naive.py"), "overrides": {"train.lr": 0.1}}}
+    sweep = {
+        "name": "own",
+        "arms": arms,
+        "grid": {"train.steps": [1, 2]},
+        "per_seed": {"train.threads": "{seed}"},
+        "seeds": [1],
+    }
+    file.write_text(yaml.safe_dump(sweep))
+    words = ["sweep", str(file), "--dry-run", "--override"]
+    for key, holder in (("train.steps", "grid"), ("train.threads", "per_seed"), ("train.lr", "the arm 'naive'")):
+        assert cli([*words, f"{key}=3"]) == 2
+        assert f"--override {key}: {holder} of the sweep sets it" in capsys.readouterr().err
+    assert cli([*words, "train.log_every=3"]) == 0
 
 
 def test_a_dry_run_lists_and_leaves_nothing(
