@@ -21,7 +21,7 @@ from laavit.evaluation.statistics import Pooled, holm, pooled
 from laavit.registry import UserError, nearest
 from laavit.reports.table import EMPTY, Cell, Table
 from laavit.reports.tables import between, percent, points
-from laavit.sweeps.table import Column, Row, columns_of, difference, matrix
+from laavit.sweeps.table import Column, Row, by_seed, columns_of, difference, matrix
 
 ALL: Column = ("all", None, None)
 #: points that an axis shows at least, on both sides of zero
@@ -35,12 +35,15 @@ class Compared:
     Args:
         shares: by column, pooled over seeds. gains: by reference, on all questions; None against itself.
         masked: latents off - on, of the same runs; None where that was not evaluated.
+        gained, lost: seed by seed, over the first reference and when the latents are masked.
     """
 
     row: Row
     shares: Sequence[Pooled]
     gains: Sequence[Pooled | None]
     masked: Pooled | None
+    gained: Sequence[float] = ()
+    lost: Sequence[float] = ()
 
 
 def compared(rows: Sequence[Row], references: Sequence[str]) -> tuple[list[Column], list[Compared]]:
@@ -60,7 +63,13 @@ def compared(rows: Sequence[Row], references: Sequence[str]) -> tuple[list[Colum
     for row in track(on, "intervals", console=Console(stderr=True), transient=True):
         shares = [pooled(matrix(row.answers(column))) for column in columns]
         gains = [difference(row, by_arm[name], ALL) for name in references]
-        found.append(Compared(row, shares, gains, difference(off[row.arm], row, ALL) if row.arm in off else None))
+        masked, first = off.get(row.arm), by_arm[references[0]]
+        lost = by_seed(masked, row, ALL) if masked else ()
+        found.append(
+            Compared(
+                row, shares, gains, difference(masked, row, ALL) if masked else None, by_seed(row, first, ALL), lost
+            )
+        )
     return columns, found
 
 
@@ -107,7 +116,10 @@ def _gain(gain: Pooled | None, source: str, after: str = "") -> Cell:
 
 
 def draw(title: str, rows: Sequence[Row], reference: str, file: Path) -> Path:
-    """A forest plot: what each arm gains over the reference, and what masking its latents changes, with intervals."""
+    """A forest plot: what each arm gains over the reference, and what masking its latents changes.
+
+    Bars are 95 % intervals for new seeds (of one seed: for new questions, drawn dashed), small dots single seeds.
+    """
     _, found = compared(rows, [reference])
     label = next(one.row.label for one in found if one.row.arm == reference)
     shown = [one for one in found if one.gains[0] is not None]
@@ -115,8 +127,10 @@ def draw(title: str, rows: Sequence[Row], reference: str, file: Path) -> Path:
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = np.arange(len(shown))[::-1]
-    _forest(axes[0], places, [one.gains[0] for one in shown], "#1f5fa8", f"points over {label}")
-    _forest(axes[1], places, [one.masked for one in shown], "#b8432f", "points when the latents are masked")
+    gains = [(one.gains[0], one.gained) for one in shown]
+    _forest(axes[0], places, gains, "#1f5fa8", f"points over {label}")
+    masked = [(one.masked, one.lost) for one in shown]
+    _forest(axes[1], places, masked, "#b8432f", "points when the latents are masked")
     axes[0].set_yticks(places, [one.row.label for one in shown])
     figure.suptitle(title, fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,14 +138,24 @@ def draw(title: str, rows: Sequence[Row], reference: str, file: Path) -> Path:
     return file
 
 
-def _forest(axis: Any, places: Any, gains: Sequence[Pooled | None], colour: str, title: str) -> None:
+def _forest(
+    axis: Any, places: Any, gains: Sequence[tuple[Pooled | None, Sequence[float]]], colour: str, title: str
+) -> None:
     axis.axvline(0, color="0.6", linewidth=1)
-    for place, gain in zip(places, gains):
-        if gain is not None:
-            axis.plot([100 * gain.low, 100 * gain.high], [place, place], color=colour, linewidth=2, alpha=0.55)
-            axis.plot(100 * gain.mean, place, "o", color=colour, markersize=5)
+    seen = [100 * each for _, seeds in gains for each in seeds]
+    for place, (gain, seeds) in zip(places, gains):
+        if gain is None:
+            continue
+        style = "-" if len(seeds) > 1 else (0, (2, 1.5))
+        axis.plot(
+            [100 * gain.low, 100 * gain.high], [place] * 2, color=colour, linewidth=2, alpha=0.45, linestyle=style
+        )
+        axis.plot([100 * each for each in seeds], [place] * len(seeds), "o", color=colour, markersize=2.5, alpha=0.7)
+        axis.plot(100 * gain.mean, place, "o", color=colour, markersize=5)
+    # Tenths of a point shall not look like much, and the interval of two seeds shall not hide all others.
     low, high = axis.get_xlim()
-    axis.set_xlim(min(low, -LEAST), max(high, LEAST))  # tenths of a point shall not look like much
+    widest = 2 * max([LEAST, *map(abs, seen)])
+    axis.set_xlim(max(min(low, -LEAST), -widest), min(max(high, LEAST), widest))
     axis.set_title(title, fontsize=10)
     axis.tick_params(labelsize=9)
     axis.grid(axis="x", color="0.92")

@@ -125,6 +125,13 @@ def difference(row: Row, reference: Row | None, column: Column) -> Pooled | None
     return pooled_difference(first, second, paired=paired)
 
 
+def by_seed(row: Row, reference: Row, column: Column) -> list[float]:
+    """The difference of each seed that both rows have, in the order of the seeds."""
+    alike = sorted(row.seeds.keys() & reference.seeds.keys())
+    pairs = [(row.answers(column, [seed]), reference.answers(column, [seed])) for seed in alike]
+    return [float(np.mean([ours[key][0] - theirs[key][0] for key in ours if key in theirs])) for ours, theirs in pairs]
+
+
 def results_of(plan: Plan, rows: Sequence[Row], columns: Sequence[Column]) -> list[Result]:
     """Every row's figures; differences are taken to the reference arm with its latents on."""
     reference = next((row for row in rows if row.arm == plan.reference and row.mode == "on"), None)
@@ -137,8 +144,9 @@ def results_of(plan: Plan, rows: Sequence[Row], columns: Sequence[Column]) -> li
 
 
 def _share(one: Pooled, source: str) -> Cell:
-    interval = f"[{percent(one.low)}, {percent(one.high)}]"
-    return Cell(percent(one.mean), interval, source, value=one.mean, low=one.low, high=one.high)
+    low, high = max(one.low, 0.0), min(one.high, 1.0)  # of few seeds a t interval knows no bounds
+    interval = f"[{percent(low)}, {percent(high)}]"
+    return Cell(percent(one.mean), interval, source, value=one.mean, low=low, high=high)
 
 
 def _points(one: Pooled, source: str) -> Cell:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from laavit.evaluation.statistics import pooled
+from laavit.reports.runs import Evaluation, Record
 from laavit.sweeps.plan import Cell, Plan
 from laavit.sweeps.settings import Questions
-from laavit.sweeps.table import difference, rows_of, write_table
+from laavit.sweeps.table import Row, _share, by_seed, difference, matrix, rows_of, write_table
 
 #: (arm, seed, mode) -> which of the four questions (two of each kind) are right
 ANSWERS = {
@@ -87,3 +89,17 @@ def test_a_reference_that_hangs_on_no_seed_stands_beside_all_runs(swept: Plan) -
 def test_nothing_evaluated_is_no_table(tmp_path: Path) -> None:
     plan = Plan("t", tmp_path, (Cell("a-s0", "a", "A", 0, None, "m", ("on",)),), Questions(tasks=("quiz",)))
     assert write_table(plan) is None and not (tmp_path / "table.md").exists()
+
+
+def test_a_small_share_of_two_seeds_stays_within_its_bounds_and_seeds_are_compared_one_by_one() -> None:
+    def row(arm: str, *right: int) -> Row:
+        found = {seed: Evaluation("e", "on", "", records(count), "", "") for seed, count in enumerate(right)}
+        return Row(arm, arm, "on", found, len(right))
+
+    def records(right: int) -> tuple[Record, ...]:
+        return tuple(Record("t", str(i), i < right) for i in range(10))
+
+    ours, theirs = row("ours", 9, 4, 1), row("theirs", 7, 5)
+    cell = _share(pooled(matrix(ours.answers(("all", None, None)))), "")
+    assert cell.low == 0.0 and cell.high == 1.0 and cell.detail == "[0.0, 100.0]"
+    assert by_seed(ours, theirs, ("all", None, None)) == pytest.approx([0.2, -0.1])
