@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from laavit.engine.settings import TrainingStopped, TrainSettings
@@ -93,6 +95,8 @@ class StepOptimWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """No gradient exchange between micro-batches, and autocast where bf16 is asked for."""
+        if isinstance(model, FSDPModule):  # it knows no ``no_sync``; the backward pass looks at what is set here
+            model.set_requires_gradient_sync(self.should_sync() or bool(getattr(model, "reduce_every", False)))
         with super().optim_context(model):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
                 yield
@@ -109,7 +113,8 @@ class StepOptimWrapper(OptimWrapper):
             raise TrainingStopped(
                 "the loss has no gradient: no trainable parameter takes part in it; check targets and latents"
             )
-        self.grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss = torch.stack(self._losses).sum()
         self._losses = []
         if self.guard is not None:

@@ -87,11 +87,11 @@ def tables(backbone: Backbone) -> dict[str, nn.Parameter]:
 def keep_rows_alive(table: nn.Parameter, rows: Sequence[int]) -> None:
     """Of a frozen table [V, D], let some rows learn.
 
-    The others get no gradient; ``few_rows`` tells the optimizer that they must not decay either.
+    The others get no gradient; ``few_rows``, these rows, tells the optimizer that they must not decay either.
     """
     keep = torch.zeros(table.shape[0], 1, dtype=table.dtype).index_fill_(0, torch.tensor(rows), 1)
     table.requires_grad_(True)
-    table.few_rows = True  # type: ignore[attr-defined]
+    table.few_rows = tuple(rows)  # type: ignore[attr-defined]
 
     def masked(gradient: Tensor) -> Tensor:
         return gradient * keep.to(gradient.device)

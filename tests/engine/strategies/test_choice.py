@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from laavit.engine.strategies import DDP, Single, strategy_for
+from laavit.engine.strategies import DDP, FSDP2, Single, shard_blocks, strategy_for
 from laavit.recipe import Recipe
 from laavit.registry import UserError
 
@@ -28,3 +30,20 @@ def test_the_wrong_number_of_processes_is_refused(lab, tmp_path) -> None:
     assert not list(tmp_path.iterdir())  # nothing was written
     with pytest.raises(UserError, match="strategy: single trains in one process, and 2 were started"):
         Single().check(lab.settings(), None, 2)
+
+
+def test_shares_that_do_not_fit_are_refused(lab) -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match=r"strategy.replicate: got 3, which does not divide this run's 4 processes"):
+        FSDP2(replicate=3).check(lab.settings(), cpu, 4)
+    with pytest.raises(UserError, match=r"strategy.offload: got 'cpu', and the model is on the CPU already"):
+        FSDP2(offload="cpu").check(lab.settings(), cpu, 2)
+    FSDP2(offload="cpu", replicate=2).check(lab.settings(), torch.device("cuda", 0), 4)
+    with pytest.raises(UserError, match=r"strategy.offload: .*'gpu'"):
+        Recipe({"strategy": {"name": "fsdp2", "offload": "gpu"}})
+
+
+def test_blocks_are_the_members_of_the_outermost_lists() -> None:
+    layer = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
+    model = nn.ModuleDict({"a": nn.ModuleList([layer, nn.Linear(2, 2), nn.Identity()]), "head": nn.Linear(2, 2)})
+    assert shard_blocks(model) == [layer, model["a"][1]]
