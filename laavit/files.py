@@ -89,6 +89,14 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def link_to(target: Path, link: Path) -> None:
+    """Make ``link`` a symbolic link to its sibling ``target``, atomically, whatever it named before."""
+    beside = link.with_name(f"{TEMPORARY}{os.getpid()}-{link.name}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target.name)
+    os.replace(beside, link)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process left half-written in ``folder``."""
     for path in folder.glob(f"{TEMPORARY}*"):

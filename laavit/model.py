@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from laavit.attention import AttentionContext, GatePath
 from laavit.backbones.chat import IGNORED
 from laavit.backbones.embeddings import input_embeddings
-from laavit.backbones.loading import check_shapes
+from laavit.backbones.loading import below, check_shapes
 from laavit.backbones.rows import ROW_KINDS, emits, row_positions
 from laavit.data.aligned import header_of
 from laavit.gates import PATHS, Gate
@@ -170,11 +170,25 @@ class LaViT(BaseModel):
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write the student (a Hugging Face folder, or adapters), and the targets' heads beside it."""
-        self.student.save(folder)
-        heads = {name: t.detach().cpu().contiguous() for name, t in self.targets.state_dict().items()}
-        save_file(heads, folder / "heads.safetensors")
+    def save_checkpoint(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the student (a Hugging Face folder, or adapters), and the targets' heads beside it.
+
+        Args:
+            state: this model's ``state_dict`` of another moment, or put together from several processes; its own where
+                it is left out.
+        """
+        self.student.save(folder, None if state is None else below(state, "student."))
+        heads = self.targets.state_dict() if state is None else below(state, "targets.")
+        save_file({name: t.detach().cpu().contiguous() for name, t in heads.items()}, folder / "heads.safetensors")
+
+    def save_processor(self, folder: Path) -> None:
+        """Write what belongs to a checkpoint beside tensors: processor, tokens, configuration."""
+        self.student.save_processor(folder)
+
+    def saved_bytes(self) -> int:
+        """About what the weights of a checkpoint take on the disk."""
+        heads = sum(tensor.numel() * tensor.element_size() for tensor in self.targets.state_dict().values())
+        return heads + int(self.student.saved_bytes())
 
     def load_checkpoint(self, folder: Path) -> None:
         """Read what ``save_checkpoint`` wrote, into a model built by the same recipe.

@@ -239,9 +239,14 @@ class Backbone:
         """SHA-256 of the weights, independent of the file they came from."""
         return digest_of(self.model)
 
-    def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder: configuration, weights, generation settings, processor."""
-        self.model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write a plain Hugging Face folder: configuration, weights, generation settings, processor.
+
+        Args:
+            state: the model's ``state_dict`` of another moment; its own where it is left out.
+        """
+        weights = None if state is None else dict(state)
+        self.model.save_pretrained(folder, state_dict=weights, safe_serialization=True)  # type: ignore[operator]
         self.processor.save_pretrained(folder)
 
 

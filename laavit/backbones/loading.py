@@ -142,6 +142,11 @@ def read_model(
     return model if device_map is not None else model.to(device)
 
 
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, under their names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def check_shapes(folder: Path, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Raises: UserError: names or shapes of a checkpoint's tensors are not those of the model."""
     shapes, found = ({name: t.shape for name, t in tensors.items()} for tensors in (own, given))

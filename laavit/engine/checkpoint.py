@@ -1,30 +1,34 @@
 """Checkpoints: complete, without pickle, and never half there.
 
-A checkpoint is a folder ``iter_000400`` with what the model writes (weights as safetensors, processor), the optimizer's
-state (``optimizer.safetensors``, keyed by parameter name), the random generators (``random.safetensors``) and
-``state.json`` (step, schedule, data position, settings, sizes of all files). It is written under a temporary name,
-flushed, and renamed: a process killed at any moment, or a full disk, leaves the former checkpoint as it was.
+A checkpoint is a folder ``iter_000400``. A consolidated one holds what the model writes (weights as safetensors,
+processor) and the optimizer's state (``optimizer.safetensors``, keyed by parameter name); a sharded one what every
+process wrote of both (``shards/``, see :mod:`laavit.engine.sharded`) and the processor. Both hold the random generators
+(``random.safetensors``) and ``state.json``: step, schedule, data position, settings, recipe, sizes of all files. It is
+written under a temporary name, flushed, and renamed (:mod:`laavit.engine.saving`): a process killed at any moment, or
+a full disk, leaves the former checkpoint as it was.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from laavit.engine.settings import TrainingStopped
-from laavit.files import TEMPORARY, remove_leftovers, remove_tree, sync_entry, sync_tree, write_json
+from laavit.engine.settings import best_rule
+from laavit.files import link_to, remove_tree
 from laavit.registry import UserError
 
 STATE, OPTIMIZER, RANDOM = "state.json", "optimizer.safetensors", "random.safetensors"
-FORMAT = 1
+#: formats by kind: a version that does not know a kind refuses it by its number
+FORMATS = {"consolidated": 1, "sharded": 2}
+#: a link to the best checkpoint, with ``train.keep_best``
+BEST = "best"
 
 logger = logging.getLogger("laavit.engine")
 
@@ -35,7 +39,7 @@ class Progress:
 
     Args:
         step: optimizer steps done.
-        optimizer: tensors of the optimizer, see :func:`laavit.engine.optim.optimizer_tensors`.
+        optimizer: tensors of the optimizer, see :mod:`laavit.engine.optimizer_state`.
         random: states of the generators, see :mod:`laavit.engine.random_state`.
         state: plain data: schedule, data position, settings.
     """
@@ -87,73 +91,54 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not is_complete(folder):
         raise UserError(f"'{folder}' is no complete checkpoint: {STATE} or a file that it lists is missing or cut off")
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
-        raise UserError(f"'{folder}' has checkpoint format {state.get('format')}; this version reads {FORMAT}")
+    if state.get("format") not in FORMATS.values():
+        allowed = ", ".join(map(str, FORMATS.values()))
+        raise UserError(f"'{folder}' has checkpoint format {state.get('format')}; this version reads {allowed}")
     return state
 
 
+def is_sharded(folder: Path) -> bool:
+    """Whether a checkpoint is a sharded one; errors as ``read_state``."""
+    return bool(read_state(folder)["format"] == FORMATS["sharded"])
+
+
 def read_progress(folder: Path) -> Progress:
-    """Everything but the weights of a checkpoint, on the CPU.
+    """Everything but the weights of a checkpoint, on the CPU; of a sharded one without the optimizer's state.
 
     Raises:
         UserError: it is damaged.
     """
     state = read_state(folder)
     try:
-        return Progress(state["iter"], load_file(folder / OPTIMIZER), load_file(folder / RANDOM), state)
+        optimizer = {} if state["format"] == FORMATS["sharded"] else load_file(folder / OPTIMIZER)
+        return Progress(state["iter"], optimizer, load_file(folder / RANDOM), state)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the checkpoint '{folder}' cannot be read: {error}") from None
 
 
-def write_checkpoint(work_dir: Path, model: Any, progress: Progress, keep_last: int) -> Path:
-    """Write a checkpoint atomically, then delete those older than the ``keep_last`` newest (0: keep all).
+def best_checkpoint(work_dir: str | Path, rule: str) -> Path | None:
+    """The complete checkpoint with the lowest or highest figure (the earliest of equals), or None without one."""
+    name, which = best_rule(rule)
+    found = []
+    for folder in all_checkpoints(Path(work_dir)):
+        value = read_state(folder).get("figures", {}).get(name)
+        if value is not None:
+            found.append((-value if which == "max" else value, folder))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
 
-    Args:
-        model: its ``save_checkpoint(folder)`` writes weights and processor.
 
-    Raises:
-        TrainingStopped: it could not be written (disk full, no permission); the former checkpoints are intact.
+def tidy(work_dir: Path, keep_last: int, keep_best: str | None) -> None:
+    """Mark the best checkpoint, then delete all but it and the newest ``keep_last`` (0: none are deleted).
+
+    A failure to mark or delete stops nothing: the checkpoints themselves are written.
     """
-    root = work_dir / "checkpoints"
-    final = root / folder_name(progress.step)
-    beside = root / f"{TEMPORARY}{os.getpid()}-{final.name}"
+    best = best_checkpoint(work_dir, keep_best) if keep_best else None
+    old = all_checkpoints(work_dir)[:-keep_last] if keep_last else []
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        remove_tree(beside)
-        beside.mkdir()
-        model.save_checkpoint(beside)
-        save_file(progress.optimizer, beside / OPTIMIZER)
-        save_file(progress.random, beside / RANDOM)
-        files = {str(p.relative_to(beside)): p.stat().st_size for p in sorted(beside.rglob("*")) if p.is_file()}
-        write_json(beside / STATE, {"format": FORMAT, "iter": progress.step, **progress.state, "files": files})
-        sync_tree(beside)
-        remove_tree(final)  # one of the same step, from a run that was resumed further back
-        os.replace(beside, final)
-        sync_entry(root)
-    except (OSError, SafetensorError) as error:
-        remove_leftovers_quietly(root)
-        before = latest_checkpoint(work_dir)
-        raise TrainingStopped(
-            f"the checkpoint of step {progress.step} could not be written to '{root}' ({error}); "
-            + (f"the last complete one is '{before}': " if before else "there is no earlier one: ")
-            + "make room, then run again with --resume"
-        ) from error
-    prune(work_dir, keep_last)
-    return final
-
-
-def prune(work_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest ``keep_last`` complete checkpoints (0: none); a failure to delete stops nothing."""
-    for old in all_checkpoints(work_dir)[:-keep_last] if keep_last else []:
-        try:
-            remove_tree(old)
-        except OSError as error:
-            logger.warning("the old checkpoint '%s' could not be deleted: %s", old, error)
-
-
-def remove_leftovers_quietly(root: Path) -> None:
-    """Clean up after a failed write, without hiding why it failed."""
-    try:
-        remove_leftovers(root)
+        if best is not None:
+            link_to(best, best.with_name(BEST))
+        for folder in old:
+            if folder != best:
+                remove_tree(folder)
     except OSError as error:
-        logger.warning("could not clean up in %s: %s", root, error)
+        logger.warning("the checkpoints in '%s' could not be tidied up: %s", work_dir, error)

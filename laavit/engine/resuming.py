@@ -1,20 +1,23 @@
-"""Where a run goes on: which checkpoint, whether it fits the run, and how everything but the weights is put back."""
+"""Where a run goes on: which checkpoint, whether it fits the run, and how everything is put back."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from laavit.engine import random_state
-from laavit.engine.checkpoint import latest_checkpoint, read_progress, read_state
+from laavit.engine.checkpoint import is_sharded, latest_checkpoint, read_progress, read_state
 from laavit.engine.distributed import any_process
-from laavit.engine.optim import NamedParameters, load_optimizer_tensors
+from laavit.engine.optim import NamedParameters
+from laavit.engine.optimizer_state import check_fits, load_optimizer_state
 from laavit.engine.sampler import BatchSampler
 from laavit.engine.settings import TrainSettings
+from laavit.engine.sharded import MODEL, OPTIMIZER, SHARDS, dtypes, read_shards, stored_shapes
 from laavit.files import remove_leftovers
 from laavit.registry import UserError
 
@@ -25,7 +28,7 @@ FIXED = ("seed", "batch_size", "grouped")
 #: settings that may change between start and resume without changing the result
 FREE = (
     *("workers", "prefetch", "cache_vision", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device"),
-    "find_unused_parameters",
+    *("find_unused_parameters", "checkpoint_format", "checkpoint_async", "keep_best", "disk_retry_s"),
 )
 
 
@@ -73,12 +76,70 @@ def check_resumable(checkpoint: Path, settings: TrainSettings, sampler: BatchSam
     return int(state["iter"])
 
 
+def load_weights(model: Any, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into a model of its recipe, before it is spread over processes.
+
+    A sharded checkpoint holds what was learned; the rest is the model's own already.
+
+    Raises:
+        UserError: it cannot be read, or belongs to a model with other parameters.
+    """
+    if not is_sharded(checkpoint):
+        model.load_checkpoint(checkpoint)
+        return
+    learned = [name for name, _ in model.trainable_parameters()]
+    load_learned(model.state_dict(), checkpoint, MODEL, learned)
+
+
+def load_learned(state: Mapping[str, Tensor], checkpoint: Path, prefix: str, learned: Iterable[str] = ()) -> None:
+    """Fill the tensors of a ``state_dict`` in place from a sharded checkpoint.
+
+    Args:
+        prefix: what the names of the tensors have before them in the checkpoint.
+        learned: names that must be there.
+
+    Raises:
+        UserError: as ``load_weights``.
+    """
+    shapes = stored_shapes(checkpoint / SHARDS)
+    stored = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    for name in sorted({*stored, *learned}):
+        if name not in stored or name not in state:
+            where = "the checkpoint" if name in stored else "the model"
+            raise UserError(f"the checkpoint '{checkpoint}' does not fit: '{name}' is only in {where}")
+        if stored[name] != state[name].shape:
+            raise UserError(
+                f"the checkpoint '{checkpoint}' does not fit: '{name}' is {tuple(stored[name])} there and "
+                f"{tuple(state[name].shape)} in the model"
+            )
+    read_shards(checkpoint / SHARDS, {f"{prefix}{name}": state[name] for name in stored})
+
+
+def read_optimizer(checkpoint: Path, named: NamedParameters) -> dict[str, Tensor]:
+    """The optimizer's state in a sharded checkpoint: of sharded parameters, this process's share alone.
+
+    Raises:
+        UserError: it cannot be read, or belongs to other parameters.
+    """
+    folder, names = checkpoint / SHARDS, dict(named)
+    shapes = {path: shape for path, shape in stored_shapes(folder).items() if path.startswith(OPTIMIZER)}
+    check_fits({path.removeprefix(OPTIMIZER): shape for path, shape in shapes.items()}, named)
+    kinds, found = dtypes(folder), {}
+    for path, shape in shapes.items():
+        parameter = names[path.removeprefix(OPTIMIZER).rpartition("/")[0]].data
+        like = parameter if shape == parameter.shape else torch.empty(shape)
+        found[path] = torch.empty_like(like, dtype=kinds[path])
+    read_shards(folder, found)
+    return {path.removeprefix(OPTIMIZER): tensor for path, tensor in found.items()}
+
+
 def restorer(checkpoint: Path, named: NamedParameters, device: torch.device) -> Callable[[Any], None]:
     """Puts optimizer, schedule and generators where the checkpoint has them (the weights are loaded before)."""
 
     def restore(runner: Any) -> None:
         progress = read_progress(checkpoint)
-        load_optimizer_tensors(runner.optim_wrapper.optimizer, named, progress.optimizer)
+        tensors = read_optimizer(checkpoint, named) if is_sharded(checkpoint) else progress.optimizer
+        load_optimizer_state(runner.optim_wrapper.optimizer, named, tensors)
         runner.param_schedulers[0].load_state_dict(progress.state["scheduler"])
         if not random_state.restore(progress.random, device):
             logger.warning("resuming with another number of processes, so not to the same bits")

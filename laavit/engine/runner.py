@@ -15,7 +15,7 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from laavit.engine.checkpoint import latest_checkpoint
@@ -34,7 +34,7 @@ from laavit.engine.hooks.log import FILE, truncate_log
 from laavit.engine.loader import build_loader
 from laavit.engine.loop import StepLoop
 from laavit.engine.optim import StepOptimWrapper, build_adamw, unique_parameters
-from laavit.engine.resuming import check_resumable, restorer, starting_point
+from laavit.engine.resuming import check_resumable, load_weights, restorer, starting_point
 from laavit.engine.sampler import BatchSampler
 from laavit.engine.schedules import ClosedFormLR
 from laavit.engine.settings import TrainSettings
@@ -63,8 +63,14 @@ class Trainable(Protocol):
     def trainable_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """What the optimizer moves, by name."""
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write weights (safetensors) and processor into an existing folder."""
+    def save_checkpoint(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write weights (safetensors) and processor into an existing folder: its own, or those of a ``state_dict``."""
+
+    def save_processor(self, folder: Path) -> None:
+        """Write what ``save_checkpoint`` writes beside weights: what a sharded checkpoint needs to be complete."""
+
+    def saved_bytes(self) -> int:
+        """About what the weights that ``save_checkpoint`` writes take on the disk."""
 
     def load_checkpoint(self, folder: Path) -> None:
         """Read them back."""
@@ -157,12 +163,13 @@ def train(
         start_from = starting_point(work_dir, resume, rank, device)
         if start_from is not None:
             sampler.start = check_resumable(start_from, settings, sampler)
-            model.load_checkpoint(start_from)
+            load_weights(model, start_from)
         if rank == 0:
             environment = describe(device, world_size, settings.seed, extra_environment or {})
             _write_headers(work_dir, recipe_dump, {**environment, "resumed_at": sampler.start}, sampler.start)
         if start_from is None or sampler.start < settings.steps:
-            _run(model, dataset, collate, settings, work_dir, sampler, device, start_from, hooks, strategy)
+            more = (recipe_dump, sampler, device, start_from, hooks, strategy)
+            _run(model, dataset, collate, settings, work_dir, *more)
         last = latest_checkpoint(work_dir)
     assert last is not None, "the last step always leaves a checkpoint, or raises"
     return last
@@ -203,6 +210,7 @@ def _run(
     collate: Callable[[list], Any],
     settings: TrainSettings,
     work_dir: Path,
+    recipe: Mapping[str, Any],
     sampler: BatchSampler,
     device: torch.device,
     start_from: Path | None,
@@ -220,7 +228,7 @@ def _run(
         precision=settings.precision if strategy.autocasts else "fp32",
         device=device,
     )
-    data = {"fingerprint": sampler.fingerprint, "length": len(dataset)}
+    about = {"recipe": recipe, "data": {"fingerprint": sampler.fingerprint, "length": len(dataset)}}
     ours: list[Hook] = [
         StepHook(),
         GuardHook(),
@@ -228,7 +236,7 @@ def _run(
         DataWaitHook(settings),
         *([TensorBoardHook()] if settings.tensorboard else []),
         ProgressHook(settings.steps),
-        CheckpointHook(settings, named, data),
+        CheckpointHook(settings, named, strategy, about),
     ]
     restore = None if start_from is None else restorer(start_from, named, device)
     runner = QuietRunner(

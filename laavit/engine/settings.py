@@ -11,6 +11,7 @@ from laavit.registry import SETTINGS, UserError, nearest
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 PACKINGS = ("none", "pack")
+FORMATS = ("consolidated", "sharded")
 
 
 class TrainingStopped(UserError):
@@ -18,6 +19,18 @@ class TrainingStopped(UserError):
 
     It is a ``UserError`` so that every tool turns it into one line and exit code 2; the last checkpoint is intact.
     """
+
+
+def best_rule(text: str) -> tuple[str, str]:
+    """``'ntp:min'`` -> the figure's name, and 'min' or 'max'.
+
+    Raises:
+        UserError: it is no such text.
+    """
+    name, _, which = text.rpartition(":")
+    if not name or which not in ("min", "max"):
+        raise UserError(f"train.keep_best: got '{text}'; allowed: FIGURE:min or FIGURE:max, for example 'ntp:min'")
+    return name, which
 
 
 @SETTINGS.register_module(name="train")
@@ -52,7 +65,14 @@ class TrainSettings:
         cache_vision: MiB of main memory for what a frozen vision tower makes of images, each of which then passes it
             once as long as there is room (the images used longest ago go first); 0 keeps none. Qwen-VL's families.
         checkpoint_every: steps between checkpoints; the last step always leaves one. 0: only the last.
+        checkpoint_format: 'consolidated' (a Hugging Face folder and the optimizer's state, written by one process), or
+            'sharded' (every process writes its share of what is trained; the last step leaves a consolidated one).
+        checkpoint_async: copy the state to the CPU's memory between steps and write it in the background.
         keep_last: how many of the newest checkpoints stay on disk, 0 for all.
+        keep_best: a logged figure, and which way is better, as 'ntp:min' or 'probe/in_box:max': the checkpoint with the
+            best one stays too, under the name ``checkpoints/best``; None keeps none.
+        disk_retry_s: seconds for which a checkpoint that cannot be written (disk full, read-only) is tried again, while
+            training waits, before the run stops.
         log_every: steps between lines of ``log.jsonl``; the first and the last step are always logged.
         threads: ``torch.set_num_threads``; None leaves the process as it is.
         seed: of the order of the data and of every random number drawn while training.
@@ -79,7 +99,11 @@ class TrainSettings:
     prefetch: int = 2
     cache_vision: int = 0
     checkpoint_every: int = 100
+    checkpoint_format: Literal["consolidated", "sharded"] = "consolidated"
+    checkpoint_async: bool = False
     keep_last: int = 2
+    keep_best: str | None = None
+    disk_retry_s: float = 60.0
     log_every: int = 10
     threads: int | None = None
     seed: int = 0
@@ -97,15 +121,18 @@ class TrainSettings:
             raise UserError(f"train.seed: got {self.seed}; allowed: 0 to {2**32 - 1}")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"train.threads: got {self.threads}; allowed: 1 or more, or None")
-        for name in ("lr", "weight_decay", "clip_grad"):
+        for name in ("lr", "weight_decay", "clip_grad", "disk_retry_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"train.{name}: got {value}; allowed: a finite number of 0 or more")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"train.warmup_ratio: got {self.warmup_ratio}; allowed: 0 to 1")
+        if self.keep_best is not None:
+            best_rule(self.keep_best)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas: got {self.betas}; allowed: two numbers from 0 to below 1")
-        for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("packing", PACKINGS)):
+        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "packing": PACKINGS, "checkpoint_format": FORMATS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"train.{name}: got {getattr(self, name)!r}; {nearest(getattr(self, name), allowed)}")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone
 from laavit.backbones.chat import PromptSettings, SequenceBuilder
-from laavit.backbones.loading import ATTENTIONS, check_shapes
+from laavit.backbones.loading import ATTENTIONS, below, check_shapes
 from laavit.latents import NO_LATENTS, check_attention, latent_tokens
 from laavit.registry import STUDENTS, UserError, nearest
 from laavit.structures import Batch
@@ -98,13 +98,30 @@ class HFStudent(nn.Module):
         """Whether anything of a part (``laavit.students.freezing.PARTS``) learns, adapters in it included."""
         return any(parameter.requires_grad for parameter in parameters_of(part, self.backbone))
 
-    def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder; with adapters: what was trained alone, and which base it belongs to."""
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write a plain Hugging Face folder; with adapters: what was trained alone, and which base it belongs to.
+
+        Args:
+            state: this student's ``state_dict`` of another moment; its own where it is left out.
+        """
+        weights = None if state is None else below(state, "model.")
         if self.adapters is None:
-            self.backbone.save(folder)
+            self.backbone.save(folder, weights)
         else:
-            self.adapters.save(folder)
+            self.adapters.save(folder, weights)
             self.backbone.processor.save_pretrained(folder)
+
+    def save_processor(self, folder: Path) -> None:
+        """Write what ``save`` does, without tensors: processor and configuration; of adapters, their base."""
+        self.backbone.processor.save_pretrained(folder)
+        self.model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        if self.adapters is not None:
+            self.adapters.save_base(folder)
+
+    def saved_bytes(self) -> int:
+        """About what the tensors that ``save`` writes take."""
+        kept = [p for p in self.model.parameters() if self.adapters is None or p.requires_grad]
+        return sum(parameter.numel() * parameter.element_size() for parameter in kept)
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote, into a student that is set up by the same recipe.

@@ -153,9 +153,14 @@ class Adapters:
         trained = {id(p) for p in self.trained.values()}
         return [p for p in self.peft.parameters() if p.requires_grad and id(p) not in trained]
 
-    def state(self) -> dict[str, Tensor]:
-        """Adapters and latent rows under peft's names."""
-        return get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+    def state(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Adapters and latent rows under peft's names.
+
+        Args:
+            weights: the model's ``state_dict`` of another moment; its own where it is left out.
+        """
+        own = None if weights is None else {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+        return get_peft_model_state_dict(self.peft, own, save_embedding_layers=False)
 
     def config(self) -> LoraConfig:
         """peft's configuration as it is kept on disk."""
@@ -164,12 +169,21 @@ class Adapters:
         config.target_modules = sorted(config.target_modules or ())  # a set's order is another one in every process
         return config
 
-    def save(self, folder: Path) -> None:
-        """Write adapters and whatever else learned; the base is named by path and hash."""
-        save_file(_on_cpu(self.state()), folder / ADAPTER, metadata={"format": "pt"})
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write adapters and whatever else learned; the base is named by path and hash.
+
+        Args:
+            weights: as ``state`` takes them.
+        """
+        save_file(_on_cpu(self.state(weights)), folder / ADAPTER, metadata={"format": "pt"})
         self.config().save_pretrained(str(folder))
         if self.trained:
-            save_file(_on_cpu(self.trained), folder / TRAINED)
+            trained = self.trained if weights is None else {name: weights[name] for name in self.trained}
+            save_file(_on_cpu(trained), folder / TRAINED)
+        self.save_base(folder)
+
+    def save_base(self, folder: Path) -> None:
+        """Write which base these adapters belong to."""
         write_json(folder / BASE, {"path": self.path, "weights_sha256": self.sha256})
 
     def load(self, folder: Path) -> None:

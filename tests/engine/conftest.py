@@ -2,6 +2,7 @@
 
 import os
 import random
+import socket
 import sys
 import traceback
 from dataclasses import dataclass
@@ -95,8 +96,15 @@ class FakeModel(BaseModel):
     def trainable_parameters(self):
         return [(n, p) for n, p in self.named_parameters() if p.requires_grad]
 
-    def save_checkpoint(self, folder):
-        save_file({n: t.cpu() for n, t in self.state_dict().items()}, Path(folder) / "model.safetensors")
+    def save_checkpoint(self, folder, state=None):
+        weights = self.state_dict() if state is None else state
+        save_file({n: t.cpu() for n, t in weights.items()}, Path(folder) / "model.safetensors")
+
+    def save_processor(self, folder):
+        (Path(folder) / "processor.json").write_text("{}")
+
+    def saved_bytes(self):
+        return sum(4 * p.numel() for p in self.parameters())
 
     def load_checkpoint(self, folder):
         self.load_state_dict(load_file(Path(folder) / "model.safetensors"))
@@ -111,6 +119,7 @@ def settings(**changes):
         "log_every": 2,
         "threads": 1,
         "device": "cpu",
+        "disk_retry_s": 0,
     }
     return TrainSettings(**{**given, "tensorboard": False, "weight_decay": 0.1, **changes})
 
@@ -145,7 +154,27 @@ def child(work):
     return pid
 
 
+def members(work, world):
+    """Start ``work(rank)`` in ``world`` processes with the environment that torchrun gives; returns their ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def member(rank):
+        own = {**given, "RANK": rank, "LOCAL_RANK": rank} if world > 1 else {}
+        os.environ.update({name: str(value) for name, value in own.items()})
+        work(rank)
+
+    return [child(lambda rank=rank: member(rank)) for rank in range(world)]
+
+
+def ended(pids):
+    """Their exit codes, a signal's number below 0."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
 @pytest.fixture
 def lab():
-    names = (FakeModel, FakeData, FakeSample, collate, settings, run, bits, child)
+    names = (FakeModel, FakeData, FakeSample, collate, settings, run, bits, child, members, ended)
     return SimpleNamespace(**{n.__name__: n for n in names})
