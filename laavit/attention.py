@@ -98,6 +98,8 @@ class AttentionContext:
     _heads: dict[int, tuple[int, ...]] = field(default_factory=dict, init=False, repr=False)
     _summed: set[int] = field(default_factory=set, repr=False)
     _masks: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
+    #: FlexAttention's block masks of a pass that goes on, by the layers' window
+    blocks: dict[tuple[int, ...], BlockMask] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.heads not in ("mean", "each"):
@@ -212,14 +214,20 @@ class AttentionContext:
             self._masks[key] = (mask, total.repeat(1, 1, groups, 1) if groups > 1 else total)
         return self._masks[key][1]
 
+    def segment_bias(self, columns: Tensor, dtype: torch.dtype, layer: int) -> Tensor | None:
+        """Of a pass that goes on: the bias of a layer's paths for queries, given by column [B, R] -> [B, 1, R, C]."""
+        assert self.segment is not None, "segment_bias is called for a part of a sequence"
+        bias = self.bias_at(columns.clamp(min=0), dtype, layer)
+        return None if bias is None else self.segment.bias(bias, columns)
+
     def segment_mask(self, window: int | None, dtype: torch.dtype, layer: int) -> Tensor:
         """Mask plus bias of a pass that goes on, [B, 1, Q, C], built once for layers of equal paths and windows."""
         assert self.segment is not None, "segment_mask is called for a part of a sequence"
         key = (window or 0, *map(id, self.paths_at(layer)))
         if key not in self._masks:
             total = self.segment.allowed(window, dtype)
-            bias = self.bias_at(self.segment.columns.clamp(min=0), dtype, layer)
-            self._masks[key] = (None, total if bias is None else total + self.segment.bias(bias))
+            bias = self.segment_bias(self.segment.columns, dtype, layer)
+            self._masks[key] = (None, total if bias is None else total + bias)
         return self._masks[key][1]
 
 
@@ -298,7 +306,12 @@ def record_rows(
     rows = context.rows.clamp(min=0).to(query.device)  # a model may be spread over devices
     factor = scaling if scaling is not None else query.shape[-1] ** -0.5
     exact = torch.promote_types(query.dtype, torch.float32)
-    bias = context.bias_at(rows, exact, layer) if not context.goes_on else None
+    if context.goes_on:  # an additive mask of such a pass holds the gate; a block mask cannot
+        assert context.segment is not None
+        columns = context.segment.columns.gather(1, rows)
+        bias = context.segment_bias(columns, exact, layer) if isinstance(mask, BlockMask) else None
+    else:
+        bias = context.bias_at(rows, exact, layer)
     heads = context.chosen(layer, query.shape[1], query.device)
     if heads is not None:
         if isinstance(mask, Tensor) and mask.shape[1] > 1:
@@ -326,6 +339,7 @@ def gated_suffix(
     return out.reshape(batch, heads, count, -1).transpose(1, 2)
 
 
+@torch.compiler.disable
 @per_sample
 def laavit_attention(
     module: nn.Module,
@@ -343,6 +357,9 @@ def laavit_attention(
     Args:
         query: [B, H, S, D]. key, value: [B, H / G, S, D]. attention_mask: as transformers makes it, or None (causal).
         laavit: the context of this forward pass; None is plain SDPA.
+
+    A compiled block (``train.compile``) leaves this function as it is: a context is Python's, with tables by layer and
+    by the identity of masks, and would be compiled anew for each layer.
 
     Raises:
         ValueError: a gate is asked for while keys come from a cache (queries and keys differ in length).

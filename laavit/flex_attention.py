@@ -30,6 +30,7 @@ from transformers.modeling_utils import AttentionInterface
 from laavit.attention import AttentionContext, GatePath, record_rows
 from laavit.packing import per_sample
 from laavit.registry import UserError
+from laavit.segments import Segment
 
 FLEX = "laavit_flex"
 
@@ -74,6 +75,40 @@ def gate_score(paths: Sequence[GatePath], dtype: torch.dtype) -> Callable[..., T
     return score_mod
 
 
+def segment_blocks(context: AttentionContext, window: int | None) -> BlockMask:
+    """The block mask of a pass that goes on after others, made once for layers of equal windows: causal by columns."""
+    segment, key = context.segment, (window or 0,)
+    assert segment is not None, "segment_blocks is called for a part of a sequence"
+    if key not in context.blocks:
+        queries, keys = segment.columns.clamp(min=0), segment.keys
+
+        def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            here, there = queries[batch, query], keys[batch, key]
+            allowed = (there >= 0) & (there <= here)
+            return allowed if window is None else allowed & (here - there < window)
+
+        (rows, count), device = queries.shape, queries.device
+        context.blocks[key] = create_block_mask(
+            mask_mod, rows, None, count, keys.shape[1], device=device, _compile=device.type != "cpu"
+        )
+    return context.blocks[key]
+
+
+def by_columns(segment: Segment, score_mod: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
+    """A gate's ``score_mod`` over the columns of a batch, for the queries and keys of a pass; none for padding."""
+    if score_mod is None:
+        return None
+    queries, keys = segment.columns, segment.keys
+
+    def moved(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        here, there = queries[batch, query], keys[batch, key]
+        gated = score_mod(score, batch, head, here.clamp(min=0), there.clamp(min=0))
+        return torch.where(here < 0, score, gated)
+
+    return moved
+
+
+@torch.compiler.disable
 @per_sample
 def laavit_flex_attention(
     module: nn.Module,
@@ -102,13 +137,19 @@ def laavit_flex_attention(
         raise UserError(f"attention: '{FLEX}' cannot do {' or '.join(refused)}; take 'laavit'")
     if query.device.type == "cpu" and torch.is_grad_enabled() and _gradient(query, key, value):
         raise UserError(f"attention: FlexAttention has no gradients on the CPU; take 'laavit' in place of '{FLEX}'")
-    mask = attention_mask
+    mask, segment = attention_mask, laavit.segment if laavit is not None else None
+    if segment is not None:
+        key, value = segment.joined(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    if laavit is not None and laavit.goes_on:
+        mask = segment_blocks(laavit, kwargs.get("sliding_window"))  # type: ignore[arg-type]
     if mask is None:
         mask = block_mask(query.shape[0], query.shape[2], key.shape[2], device=query.device)
     score_mod = None
     if laavit is not None:
         layer = record_rows(module, query, key, mask, scaling, laavit)
         score_mod = gate_score(laavit.paths_at(layer), torch.promote_types(query.dtype, torch.float32))
+        if segment is not None and laavit.goes_on:
+            score_mod = by_columns(segment, score_mod)
     options: dict[str, Any] = {"score_mod": score_mod, "block_mask": mask, "scale": scaling, "enable_gqa": True}
     if query.device.type == "cpu":
         out = flex_attention(query, key, value, **options)

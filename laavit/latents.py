@@ -21,7 +21,7 @@ SEPARATOR = "<|latent_end|>"
 #: how a state is scaled before it is fed back
 SCALES = ("none", "vocabulary")
 #: attention functions that keep the keys of earlier passes, as latents that are fed back need it in training
-KEEPING = ("laavit",)
+KEEPING = ("laavit", "laavit_flex")
 
 
 def latent_tokens(count: int) -> list[str]:

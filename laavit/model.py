@@ -10,13 +10,13 @@ import torch
 from mmengine.model import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from laavit.attention import AttentionContext, GatePath
 from laavit.backbones.chat import IGNORED
 from laavit.backbones.embeddings import input_embeddings
 from laavit.backbones.loading import below, check_shapes
 from laavit.backbones.rows import ROW_KINDS, emits, row_positions
+from laavit.cross_entropy import TokenLoss, next_token_loss
 from laavit.data.aligned import header_of
 from laavit.gates import PATHS, Gate
 from laavit.registry import UserError
@@ -69,11 +69,6 @@ def gate_paths(gate: Gate | None, step: int, batch: Batch, depth: int) -> tuple[
     )
 
 
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of [M, V] and long [M], at least in float32: a scalar."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-
-
 class LaViT(BaseModel):
     """L = L_ntp + sum(weight * target) (Eq. 9), under the gate's bias at the current step.
 
@@ -91,6 +86,8 @@ class LaViT(BaseModel):
         super().__init__()
         self.student, self.gate, self.step = student, gate, 0
         self.targets = nn.ModuleDict(targets or {})
+        #: None works the loss out of all logits at once; another one reads the states, and no target the logits then
+        self.token_loss: TokenLoss | None = None
 
     @property
     def named_targets(self) -> Mapping[str, Target]:
@@ -120,11 +117,11 @@ class LaViT(BaseModel):
         backbone, looking = self.student.backbone, any(t.needs_embeddings for t in self.named_targets.values())
         with input_embeddings(backbone.family.decoder(backbone.model) if looking else None) as seen:
             hidden = self.student(batch, context)
-        answers = ROW_KINDS["predicting"](batch)
-        logits, emitted = backbone.logits(hidden[answers]), None
-        if self.student.layout.emitted:
-            written = (batch.labels != IGNORED) & emits(batch.roles)
-            emitted = backbone.logits(hidden[written]), batch.labels[written]
+        answers, written = self.labelled(batch)
+        whole, emitted = self.token_loss is None, None
+        logits = backbone.logits(hidden[answers]) if whole else hidden.new_empty(0)
+        if written is not None:
+            emitted = backbone.logits(hidden[written]) if whole else hidden.new_empty(0), batch.labels[written]
         rows = context.recorded if context is not None else {}
         # The first pass holds the images, whatever passes latents add.
         looked = seen[0] if seen else None
@@ -132,11 +129,17 @@ class LaViT(BaseModel):
             looked = looked[batch.shared.owners]
         return StudentOutput(hidden, logits, batch.labels[answers], rows, positions, looked, emitted)
 
+    def labelled(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Positions that predict answers, bool [B, S], and those that predict latents which the student writes."""
+        written = (batch.labels != IGNORED) & emits(batch.roles) if self.student.layout.emitted else None
+        return ROW_KINDS["predicting"](batch), written
+
     def counts(self, batch: Batch) -> dict[str, int | Tensor]:
         """Over how many tokens or samples each loss of a batch is a mean, by its name."""
-        found: dict[str, int | Tensor] = {"ntp": ROW_KINDS["predicting"](batch).sum()}
-        if self.student.layout.emitted:
-            found["emit"] = ((batch.labels != IGNORED) & emits(batch.roles)).sum()
+        answers, written = self.labelled(batch)
+        found: dict[str, int | Tensor] = {"ntp": answers.sum()}
+        if written is not None:
+            found["emit"] = written.sum()
         return found | {n: t.count(batch.roles, batch.targets[n]) for n, t in self.named_targets.items()}
 
     def forward(  # type: ignore[override]
@@ -155,10 +158,17 @@ class LaViT(BaseModel):
         def shared(name: str, mean: Tensor) -> Tensor:
             return mean if shares is None else mean * shares[name].to(mean)
 
-        ntp = shared("ntp", next_token_loss(output.logits, output.labels))
+        def cross_entropy(asked: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+            if self.token_loss is None:
+                return next_token_loss(logits, labels)
+            head = self.student.backbone.model.get_output_embeddings()
+            return self.token_loss(output.hidden[asked], labels, head)
+
+        answers, written = self.labelled(batch)
+        ntp = shared("ntp", cross_entropy(answers, output.logits, output.labels))
         total, logged = ntp, {"ntp": ntp}
-        if output.emitted is not None:
-            logged["emit"] = shared("emit", next_token_loss(*output.emitted))
+        if output.emitted is not None and written is not None:
+            logged["emit"] = shared("emit", cross_entropy(written, *output.emitted))
             total = total + self.student.layout.emit_weight * logged["emit"]
         for name, target in self.named_targets.items():
             logged[name] = shared(name, target(output, batch.roles, batch.targets[name]))

@@ -70,10 +70,14 @@ class Segment:
             hidden |= queries - keys >= window
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)[:, None]
 
-    def bias(self, bias: Tensor) -> Tensor:
-        """A gate's bias by columns, [B, 1, Q, S], for this pass's keys: [B, 1, Q, C]; none for padding."""
+    def bias(self, bias: Tensor, columns: Tensor) -> Tensor:
+        """A gate's bias by columns, [B, 1, Q, S], for this pass's keys: [B, 1, Q, C]; none for padding.
+
+        Args:
+            columns: of the queries, long [B, Q]; -1 pads.
+        """
         found = bias.gather(3, self.keys.clamp(min=0)[:, None, None].expand(-1, 1, bias.shape[2], -1))
-        return found.masked_fill((self.columns < 0)[:, None, :, None], 0.0)
+        return found.masked_fill((columns < 0)[:, None, :, None], 0.0)
 
 
 def segments(columns: Sequence[Tensor], owners: Tensor | None = None) -> list[Segment]:

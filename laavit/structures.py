@@ -259,7 +259,8 @@ class StudentOutput:
 
     Args:
         hidden: [B, S, D], after the decoder's final norm.
-        logits: [M, V] at the positions of the whole batch that predict answers, in row-major order. labels: long [M].
+        logits: [M, V] at the positions of the whole batch that predict answers, in row-major order; [0] where the loss
+            reads the states part by part. labels: long [M].
         rows: recorded attention rows by layer, [B, R, S] each.
         row_positions: the query positions of each kind of row, long [B, R_kind], -1 pads; the kinds stand in ``rows``
             one after another in this order.

@@ -269,6 +269,12 @@ def lab(tiny_folder: Path) -> Lab:
     return Lab(tiny_folder)
 
 
+@pytest.fixture(scope="session")
+def whole_lab(tiny_folder: Path) -> Lab:
+    """The same under a name that tests of the engine, whose ``lab`` is another one, can ask for."""
+    return Lab(tiny_folder)
+
+
 RECIPE = """
 student = dict(name="hf", path={model!r})
 teacher = dict(name="hf", path={model!r})

@@ -21,14 +21,12 @@ from laavit.backbones.chat import IGNORED
 from laavit.backbones.unrolling import fed_back
 from laavit.cli import run as cli_run
 from laavit.commands.export import export_run
-from laavit.compatibility import check
 from laavit.evaluation.bridge import Laavit, Settings
 from laavit.evaluation.gaze import Looker, look
 from laavit.flex_attention import FLEX
 from laavit.gates import ConstantGate, Gate
 from laavit.latents import FeedbackLatents, LatentLayout, check_attention, latent_tokens
 from laavit.model import LaViT
-from laavit.recipe import Recipe
 from laavit.registry import UserError
 from laavit.structures import Batch, Role, Sample, StudentOutput
 from laavit.students import HFStudent
@@ -303,14 +301,10 @@ def test_an_export_looks_as_it_was_trained(exported: Path, samples: list[Sample]
 def test_what_is_refused(lab: Any, samples: list[Sample]) -> None:
     with pytest.raises(UserError, match=r"latents.scale: got 'vocab'; .*did you mean 'vocabulary'"):
         FeedbackLatents(scale="vocab")
-    with pytest.raises(UserError, match=r"attention: latents that are .* 'laavit_flex' keeps no keys"):
-        check_attention(FeedbackLatents().layout, FLEX)
-    check_attention(LatentLayout(4), FLEX)
-    student = {"name": "hf", "path": str(lab.folder), "attention": FLEX}
-    with pytest.raises(UserError, match=r"^student\.attention: latents that are fed back"):
-        check(Recipe({"student": student, "latents": "feedback"}))
-    with pytest.raises(UserError, match="keeps no keys"):
-        HFStudent(str(lab.folder), attention=FLEX).setup(FeedbackLatents(), torch.Generator())
+    with pytest.raises(UserError, match=r"attention: latents that are .* 'sdpa' keeps no keys"):
+        check_attention(FeedbackLatents().layout, "sdpa")
+    check_attention(FeedbackLatents().layout, FLEX)
+    check_attention(LatentLayout(4), "sdpa")
     model = model_of(lab, bare=True)
     batch = lab.batch(model, samples)
     batch.roles[1] = batch.roles[1].masked_fill(batch.roles[1] == Role.LATENT, int(Role.OTHER))

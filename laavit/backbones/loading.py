@@ -32,6 +32,18 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def check_attention_name(attention: str) -> None:
+    """Raises: UserError: a decoder's attention function knows no gates and records no rows."""
+    if attention in ATTENTIONS:
+        return
+    if attention.startswith("flash_attention"):
+        raise UserError(
+            f"attention: '{attention}' can neither add a gate's bias to scores nor give the rows that targets read; "
+            "'laavit' runs PyTorch's own flash kernels wherever no bias is due"
+        )
+    raise UserError(f"attention: got '{attention}'; {nearest(attention, ATTENTIONS)}")
+
+
 def dtype_of(name: str) -> torch.dtype:
     """A dtype by name; a ``UserError`` names the nearest."""
     if name not in DTYPES:

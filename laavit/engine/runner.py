@@ -31,6 +31,7 @@ from laavit.engine.hooks import (
     TensorBoardHook,
 )
 from laavit.engine.hooks.log import FILE, truncate_log
+from laavit.engine.kernels import use_kernels
 from laavit.engine.loader import build_loader
 from laavit.engine.loop import StepLoop
 from laavit.engine.optim import StepOptimWrapper, build_adamw, unique_parameters
@@ -219,6 +220,7 @@ def _run(
 ) -> None:
     """Build mmengine's Runner, run it, and undo what it leaves in the process."""
     rank, _ = rank_and_world()
+    use_kernels(model, settings, device)
     wrapped = strategy.wrap(model, settings, device)  # before the optimizer: it may make other parameters
     named = unique_parameters(model.trainable_parameters())
     wrapper = StepOptimWrapper(

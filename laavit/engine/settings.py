@@ -10,6 +10,7 @@ from laavit.registry import SETTINGS, UserError, nearest
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
+KERNELS = ("none", "liger")
 PACKINGS = ("none", "pack")
 FORMATS = ("consolidated", "sharded")
 
@@ -58,6 +59,11 @@ class TrainSettings:
         schedule: what the learning rate does after the warm-up: 'linear' or 'cosine' to 0 at ``steps``, or 'constant'.
         clip_grad: largest norm of the whole gradient, 0 for no clipping.
         precision: 'fp32', or 'bf16' (autocast; the weights and AdamW's state stay float32).
+        kernels: 'liger' puts Liger's fused kernels (arXiv 2410.10989) in place of transformers' norms, MLPs and rotary
+            embeddings and of the loss; it has to be installed, and needs a GPU. 'none' is PyTorch alone.
+        compile: compile each block of the decoder (``torch.compile``); its attention function stays as it is.
+        loss_rows: answer tokens whose logits are in memory at once; the others' are worked out when it is their turn,
+            and again in the backward pass. 0: all.
         gradient_checkpointing: recompute activations in the backward pass (non-re-entrant), trading time for memory.
         find_unused_parameters: with several processes, allow trainable parameters that a step does not use.
         workers: processes that load data beside the training process; a sample must be a pure function of its index.
@@ -93,6 +99,9 @@ class TrainSettings:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     clip_grad: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    kernels: Literal["none", "liger"] = "none"
+    compile: bool = False
+    loss_rows: int = 0
     gradient_checkpointing: bool = False
     find_unused_parameters: bool = False
     workers: int = 0
@@ -113,7 +122,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "workers": 0, "checkpoint_every": 0}
-        at_least |= {"keep_last": 0, "seed": 0, "prefetch": 1, "cache_vision": 0}
+        at_least |= {"keep_last": 0, "seed": 0, "prefetch": 1, "cache_vision": 0, "loss_rows": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}: got {getattr(self, name)}; allowed: {least} or more")
@@ -132,6 +141,7 @@ class TrainSettings:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas: got {self.betas}; allowed: two numbers from 0 to below 1")
         choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "packing": PACKINGS, "checkpoint_format": FORMATS}
+        choices |= {"kernels": KERNELS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"train.{name}: got {getattr(self, name)!r}; {nearest(getattr(self, name), allowed)}")

@@ -10,9 +10,9 @@ from torch import nn
 
 from laavit.backbones.base import Backbone
 from laavit.backbones.compose import compose, open_language
-from laavit.backbones.loading import ATTENTIONS, dtype_of
+from laavit.backbones.loading import check_attention_name, dtype_of
 from laavit.backbones.towers import open_tower
-from laavit.registry import STUDENTS, UserError, nearest
+from laavit.registry import STUDENTS
 from laavit.students.hf import HFStudent
 from laavit.students.lora import LoraSettings
 
@@ -55,8 +55,7 @@ class ComposedStudent(HFStudent):
     ) -> None:
         nn.Module.__init__(self)
         lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
-        if attention not in ATTENTIONS:
-            raise UserError(f"attention: got '{attention}'; {nearest(attention, ATTENTIONS)}")
+        check_attention_name(attention)  # another one would leave the gate and the targets' rows out
         kind = dtype_of(dtype)
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -13,9 +13,9 @@ from transformers import AutoModelForImageTextToText
 from laavit.attention import AttentionContext
 from laavit.backbones.base import Backbone
 from laavit.backbones.chat import PromptSettings, SequenceBuilder
-from laavit.backbones.loading import ATTENTIONS, below, check_shapes
+from laavit.backbones.loading import below, check_attention_name, check_shapes
 from laavit.latents import NO_LATENTS, check_attention, latent_tokens
-from laavit.registry import STUDENTS, UserError, nearest
+from laavit.registry import STUDENTS, UserError
 from laavit.structures import Batch
 from laavit.students.freezing import freeze as freeze_parts
 from laavit.students.freezing import keep_rows_alive, parameters_of, tables
@@ -53,8 +53,7 @@ class HFStudent(nn.Module):
     ) -> None:
         super().__init__()
         lora = LoraSettings(**lora) if isinstance(lora, Mapping) else lora
-        if attention not in ATTENTIONS:  # another one would leave the gate and the targets' rows out
-            raise UserError(f"attention: got '{attention}'; {nearest(attention, ATTENTIONS)}")
+        check_attention_name(attention)  # another one would leave the gate and the targets' rows out
         backbone = Backbone.load(path, dtype, attention=attention, min_pixels=min_pixels, max_pixels=max_pixels)
         self._take(backbone, path, freeze, lora)
         if lora is not None:  # before latents change them

@@ -27,6 +27,8 @@ class Target(nn.Module):
     layers: tuple[int, ...] | None = None
     #: whether it reads the decoder's input embeddings (``StudentOutput.embeddings``)
     needs_embeddings: bool = False
+    #: whether it reads the logits at the answers' tokens (``StudentOutput.logits``)
+    needs_logits: bool = False
     #: whether it reads the latents (their states, or their rows and their separator's)
     needs_latents: bool = False
     #: samples that a micro-batch must hold

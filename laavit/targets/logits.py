@@ -72,6 +72,8 @@ class LogitsTarget(Target):
         control: 'random' (the kept probabilities in an order drawn for each token) or 'none'. seed: fixes that order.
     """
 
+    needs_logits = True
+
     def __init__(
         self,
         weight: float = 1.0,

@@ -11,14 +11,16 @@ import pytest
 import torch
 from families import FAMILY_NAMES
 from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
 
+from laavit import flex_attention
 from laavit.attention import AttentionContext
 from laavit.backbones import PromptSettings, collate
 from laavit.backbones.base import shared_prefix
 from laavit.backbones.chat import IGNORED
 from laavit.backbones.rows import positions
 from laavit.gates import ConstantGate
-from laavit.latents import FeedbackLatents, LearnedLatents
+from laavit.latents import NO_LATENTS, FeedbackLatents, LearnedLatents, check_attention
 from laavit.model import gate_paths, next_token_loss
 from laavit.registry import UserError
 from laavit.structures import Batch, Encoded, Role, Sample
@@ -146,11 +148,29 @@ def test_what_is_shared(folder_of: Callable[[str], Path], samples: list[Sample])
     assert shared_prefix(first, image) is None
 
 
-def test_flex_attention_is_refused(folder_of: Callable[[str], Path], samples: list[Sample]) -> None:
-    student = student_of(folder_of("qwen2_5_vl"), "none", attention="laavit_flex")
-    _, batch = batches(student, asked(samples[:1]))
-    with pytest.raises(UserError, match="shared beginning are read in several passes"):
-        student(batch)
+@pytest.mark.parametrize("latents", ["learned", pytest.param("feedback", marks=pytest.mark.slow)])
+def test_flex_attention_learns_the_same(
+    latents: str, folder_of: Callable[[str], Path], samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch refuses gradients of FlexAttention on the CPU, although its uncompiled kernel has them."""
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex_attention, "_gradient", lambda *tensors: False)
+    found = []
+    for attention in ("laavit", "laavit_flex"):
+        student = student_of(folder_of("qwen2_5_vl"), latents, attention=attention)
+        found.append(read(student, batches(student, asked(samples[:2])[:5])[1]))
+    for ours, expected in zip(found[1][:2], found[0][:2], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    for layer, rows in found[0][2].items():
+        torch.testing.assert_close(found[1][2][layer], rows, rtol=0, atol=1e-10)
+    for name, grad in found[0][3].items():
+        assert (found[1][3][name] - grad).norm() <= 1e-6 * grad.norm().clamp(min=1e-3), name
+
+
+def test_an_attention_that_keeps_no_keys_is_refused() -> None:
+    with pytest.raises(UserError, match=r"shared beginning are read in several passes, and 'sdpa' keeps no keys"):
+        check_attention(NO_LATENTS, "sdpa", shared=True)
 
 
 def test_rows_of_the_beginning_are_refused(folder_of: Callable[[str], Path], samples: list[Sample]) -> None:
