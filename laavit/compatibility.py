@@ -294,6 +294,8 @@ def batch_is_large_enough(parts: Parts) -> None:
     train = parts.train
     size = train.batch_size // train.accumulate
     for name, target in parts.targets.items():
+        if train.tokens and target.min_batch > 1:
+            raise UserError(f"targets.{name}: it compares a micro-batch's samples; train.tokens leaves open how many")
         if size < target.min_batch and not train.grouped:
             raise UserError(
                 f"targets.{name}: it compares {target.min_batch} or more samples of a micro-batch with each other, and "

@@ -458,3 +458,10 @@ def test_packing_wants_causal_masks(tiny_folder: Path, tmp_path: Path) -> None:
     said = refusal(tmp_path, teacher=None, targets={}, train={"packing": "pack"})
     assert said.startswith("train.packing: Gemma3 cannot be packed: an image's tokens see each other")
     check(recipe(tmp_path, teacher=None, targets={}))
+
+
+def test_a_budget_of_tokens_leaves_the_number_of_samples_open(tiny_folder: Path) -> None:
+    targets = {"t": {"name": "concept", "loss": "info_nce"}}
+    said = refusal(tiny_folder, targets=targets, train={"tokens": 4096})
+    assert said == "targets.t: it compares a micro-batch's samples; train.tokens leaves open how many"
+    check(recipe(tiny_folder, targets=targets))

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from laavit.backbones.base import collate
 from laavit.backbones.chat import SequenceBuilder
 from laavit.backbones.vision_cache import VisionCache
+from laavit.data.lengths import estimated
 from laavit.registry import SETTINGS, UserError
 from laavit.structures import Batch, Encoded, Sample, Trace
 from laavit.targets.base import Target, stack
@@ -258,6 +259,10 @@ class AlignedDataset(Dataset[Item]):
         if key not in read:
             read[key] = store.get(owner.id)
         return target.prepare(encoded, read[key])
+
+    def lengths(self, places: Sequence[int]) -> np.ndarray:
+        """About how many tokens samples have, int64 [n, 2]: see ``laavit.data.lengths``."""
+        return estimated(self.samples, self.builder, places)
 
     @property
     def groups(self) -> Sequence[Hashable]:

@@ -24,7 +24,7 @@ from laavit.registry import UserError
 logger = logging.getLogger("laavit.engine")
 
 #: settings that the order of the data depends on: a resumed run must have the same
-FIXED = ("seed", "batch_size", "grouped")
+FIXED = ("seed", "batch_size", "grouped", "bucketing", "tokens")
 #: settings that may change between start and resume without changing the result
 FREE = (
     *("workers", "prefetch", "cache_vision", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device"),
@@ -57,9 +57,9 @@ def check_resumable(checkpoint: Path, settings: TrainSettings, sampler: BatchSam
     state = read_state(checkpoint)
     before, now = state["settings"], settings.as_dict()
     for name in FIXED:
-        if before[name] != now[name]:
+        if before.get(name, 0) != now[name]:  # a run of before it could be said had none
             raise UserError(
-                f"train.{name}: got {now[name]}, but the run in '{checkpoint.parent.parent}' has {before[name]}"
+                f"train.{name}: got {now[name]}, but the run in '{checkpoint.parent.parent}' has {before.get(name, 0)}"
             )
     if state["data"]["fingerprint"] != sampler.fingerprint:
         raise UserError(

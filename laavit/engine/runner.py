@@ -18,6 +18,7 @@ from mmengine.visualization import Visualizer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from laavit.engine.buckets import sample_lengths
 from laavit.engine.checkpoint import latest_checkpoint
 from laavit.engine.distributed import pick_device, process_group, rank_and_world
 from laavit.engine.environment import describe
@@ -160,7 +161,7 @@ def train(
         rank, world_size = rank_and_world()
         strategy = strategy_for(strategy, world_size)
         strategy.check(settings, device, world_size)
-        sampler = _sampler(dataset, settings, rank, world_size)
+        sampler = _sampler(dataset, settings, rank, world_size, device)
         start_from = starting_point(work_dir, resume, rank, device)
         if start_from is not None:
             sampler.start = check_resumable(start_from, settings, sampler)
@@ -176,7 +177,9 @@ def train(
     return last
 
 
-def _sampler(dataset: Any, settings: TrainSettings, rank: int, world_size: int) -> BatchSampler:
+def _sampler(
+    dataset: Any, settings: TrainSettings, rank: int, world_size: int, device: torch.device
+) -> BatchSampler:
     groups = getattr(dataset, "groups", None) if settings.grouped else None
     if settings.grouped and groups is None:
         raise UserError(f"train.grouped: {type(dataset).__name__} has no 'groups'; set train.grouped=False")
@@ -189,6 +192,11 @@ def _sampler(dataset: Any, settings: TrainSettings, rank: int, world_size: int) 
         accumulate=settings.accumulate,
         rank=rank,
         world_size=world_size,
+        lengths=sample_lengths(dataset, device) if settings.bucketing > 1 or settings.tokens else None,
+        window=settings.bucketing,
+        tokens=settings.tokens,
+        shared=settings.shared_prefix and settings.grouped,
+        packed=settings.packing == "pack",
     )
 
 

@@ -1,4 +1,7 @@
-"""Which samples a step sees: a pure function of the seed and the step, so that resuming needs no replay."""
+"""Which samples a step sees: a pure function of the seed and the step, so that resuming needs no replay.
+
+Where lengths count (``train.bucketing``, ``train.tokens``), laavit/engine/buckets.py says which; it is asked from here.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 from torch.utils.data import Sampler
 
+from laavit.engine.buckets import UnitLengths, budgeted_steps, sorted_steps
 from laavit.registry import UserError
 
 
@@ -37,9 +41,14 @@ class BatchSampler(Sampler[list[int]]):
         accumulate: micro-batches a step.
         rank: this process. world_size: all processes.
         start: first step to yield; set it to resume.
+        lengths: of samples, int64 [n, 2], up to the end of the last image and after it; needed by what follows.
+        window: steps whose units are sorted by length before they are cut into steps; 0 sorts nothing.
+        tokens: of a step, in place of ``batch_size``; 0 is none.
+        shared: the samples of a group share their beginning. packed: a micro-batch is read without padding.
 
     Raises:
-        UserError: no samples, keys that do not match them, or a batch that cannot be split evenly.
+        UserError: no samples, keys that do not match them, a batch that cannot be split evenly, or a budget of tokens
+            that is too small.
     """
 
     def __init__(
@@ -54,12 +63,17 @@ class BatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         start: int = 0,
+        lengths: np.ndarray | None = None,
+        window: int = 0,
+        tokens: int = 0,
+        shared: bool = False,
+        packed: bool = False,
     ) -> None:
         if length < 1:
             raise UserError(
                 "the training data set is empty: nothing was selected from the data and traces of the recipe"
             )
-        if batch_size % (accumulate * world_size):
+        if not tokens and batch_size % (accumulate * world_size):
             raise UserError(
                 f"train.batch_size: got {batch_size}, which cannot be split evenly into {accumulate} micro-batches "
                 f"on {world_size} processes; allowed: multiples of {accumulate * world_size}"
@@ -71,6 +85,14 @@ class BatchSampler(Sampler[list[int]]):
         self.accumulate, self.rank, self.world_size, self.start = accumulate, rank, world_size, start
         # Two epochs suffice: a batch that is larger than the data set recomputes, which is as right.
         self._permutation = lru_cache(maxsize=2)(permutation)
+        self.window, self.tokens = window, tokens
+        self.lengths = UnitLengths.of(lengths, self.units, shared, packed) if lengths is not None else None
+        if self.lengths is not None and tokens:
+            self.lengths.check_budget(tokens, accumulate * world_size)
+        self._steps = lru_cache(maxsize=2)(self._sorted_window)
+        self._split = lru_cache(maxsize=2)(self._micro_batches)
+        self._walk: Iterator[list[int]] = iter(())
+        self._walked, self._budgeted = -1, list[int]()
 
     @staticmethod
     def _units(length: int, groups: Sequence[Hashable] | None) -> list[list[int]]:
@@ -83,24 +105,62 @@ class BatchSampler(Sampler[list[int]]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what the order depends on besides seed and batch size: how many samples, grouped how."""
-        return hashlib.sha256(repr(self.units).encode()).hexdigest()
+        """SHA-256 of what the order depends on besides settings: how many samples, grouped how, and how long."""
+        told = repr(self.units) if self.lengths is None else repr((self.units, self.lengths.total.tolist()))
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def epoch(self, step: int) -> float:
-        """Passes over the data that are complete before ``step``."""
+        """Passes over the data that are complete before ``step``; about so many where a step is a budget of tokens."""
+        if self.lengths is not None and self.tokens:
+            return step * self.tokens / int(self.lengths.total.sum())
         return step * self.batch_size / len(self.units)
 
     def batch(self, step: int) -> list[list[int]]:
-        """The units of a step, for all processes: ``batch_size`` lists of data set indices."""
-        count = len(self.units)
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [self.units[self._permutation(self.seed, p // count, count)[p % count]] for p in positions]
+        """The units of a step, for all processes: lists of data set indices, ``batch_size`` of them without budget."""
+        return [self.units[number] for number in self._numbers(step)]
 
     def micro_batch(self, step: int, part: int) -> list[int]:
         """Data set indices of this process's micro-batch ``part`` (0 <= part < accumulate) of a step."""
-        size = self.batch_size // (self.accumulate * self.world_size)
-        first = (part * self.world_size + self.rank) * size
-        return [index for unit in self.batch(step)[first : first + size] for index in unit]
+        own = self._split(step)[part * self.world_size + self.rank]
+        return [index for number in own for index in self.units[number]]
+
+    def _draw(self, position: int) -> int:
+        """The number of the unit at a position of the endless sequence of permuted epochs."""
+        count = len(self.units)
+        return int(self._permutation(self.seed, position // count, count)[position % count])
+
+    def _numbers(self, step: int) -> list[int]:
+        """The numbers of a step's units."""
+        if self.lengths is not None and self.tokens:
+            return self._budgeted_step(step)
+        if self.lengths is not None and self.window > 1:
+            return self._steps(step // self.window)[step % self.window]
+        return [self._draw(p) for p in range(step * self.batch_size, (step + 1) * self.batch_size)]
+
+    def _sorted_window(self, number: int) -> list[list[int]]:
+        assert self.lengths is not None, "asked for where lengths are known"
+        size = self.window * self.batch_size
+        units = [self._draw(position) for position in range(number * size, (number + 1) * size)]
+        return sorted_steps(self.lengths, units, self.window, self.seed, number)
+
+    def _budgeted_step(self, step: int) -> list[int]:
+        """Steps are walked through from the first: where one begins depends on the lengths before it, not on data."""
+        assert self.lengths is not None, "asked for where lengths are known"
+        if step < self._walked or self._walked < 0:
+            self._walk = budgeted_steps(self.lengths, self._draw, self.tokens, max(1, self.window), self.seed)
+            self._walked = -1
+        while self._walked < step:
+            self._budgeted = next(self._walk)
+            self._walked += 1
+        return self._budgeted
+
+    def _micro_batches(self, step: int) -> list[list[int]]:
+        """A step's units by micro-batch, all processes': of about the same work where lengths are known."""
+        numbers, parts = self._numbers(step), self.accumulate * self.world_size
+        if self.lengths is not None:
+            return self.lengths.split(numbers, parts, even=not self.tokens)
+        size = len(numbers) // parts
+        return [numbers[first : first + size] for first in range(0, len(numbers), size)]
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.steps):

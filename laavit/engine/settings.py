@@ -42,7 +42,10 @@ class TrainSettings:
     Args:
         steps: optimizer steps of the whole run.
         batch_size: samples (with ``grouped``: groups) of one optimizer step, over all micro-batches and processes
-            together.
+            together; not read where ``tokens`` is given.
+        tokens: about the most tokens of one optimizer step, over all micro-batches and processes together, in place of
+            a number of samples; each micro-batch gets its even share, a sample more or less. 0: ``batch_size`` counts.
+        bucketing: steps whose samples are sorted by length and then cut into steps of like lengths; 0 sorts nothing.
         accumulate: micro-batches of one step. However a step is split over micro-batches and processes, each of its
             losses is a mean over all of its tokens or samples.
         grouped: put all samples of one group into one batch, for example all questions about one image; the data set
@@ -88,6 +91,8 @@ class TrainSettings:
 
     steps: int = 1000
     batch_size: int = 16
+    tokens: int = 0
+    bucketing: int = 0
     accumulate: int = 1
     grouped: bool = False
     shared_prefix: bool = False
@@ -122,6 +127,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "workers": 0, "checkpoint_every": 0}
+        at_least |= {"tokens": 0, "bucketing": 0}
         at_least |= {"keep_last": 0, "seed": 0, "prefetch": 1, "cache_vision": 0, "loss_rows": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:

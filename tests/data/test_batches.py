@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
@@ -65,6 +66,11 @@ class Items(list[Any]):
     """Encoded samples with what the targets prepared, as the data set gives them."""
 
     groups: list[Any]
+
+    def lengths(self, places: Sequence[int]) -> np.ndarray:
+        stops = [max(span.end for span in self[place][0].spans) for place in places]
+        whole = [len(self[place][0].input_ids) for place in places]
+        return np.array([[stop, length - stop] for stop, length in zip(stops, whole)])
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +180,31 @@ def test_packed_equals_padded(whole: Any, tmp_path: Path) -> None:
     assert_same(step(whole.model, whole.items, tmp_path / "4", together, accumulate=3), whole.step)
 
 
+def test_bucketed_equals_padded(whole: Any, tmp_path: Path) -> None:
+    """Micro-batches of like lengths: of samples, and of groups that are packed."""
+    given: dict[str, Any] = {"bucketing": 2, "batch_size": 6}
+    one, three = (step(whole.model, whole.items, tmp_path / f"{a}", accumulate=a, **given) for a in (1, 3))
+    assert_same(three, one)
+    given = {"bucketing": 2, "grouped": True, "batch_size": 2}
+    one = step(whole.model, whole.items, tmp_path / "groups", **given)
+    more = {"accumulate": 2, "packing": "pack", "shared_prefix": True}
+    assert_same(
+        step(whole.model, whole.items, tmp_path / "packed", {"pack": True, "share": True}, **given, **more), one
+    )
+
+
+@pytest.mark.parametrize("how", [{}, {"packing": "pack"}])
+def test_a_budget_of_tokens_changes_no_gradient(whole: Any, tmp_path: Path, how: dict[str, Any]) -> None:
+    """Its micro-batches hold unequal numbers of samples."""
+    held = int(whole.items.lengths(range(9)).sum())
+    given = {**how, "tokens": int(0.8 * held)}
+    pack = {"pack": "packing" in how}
+    one, three = (step(whole.model, whole.items, tmp_path / str(a), pack, accumulate=a, **given) for a in (1, 3))
+    assert_same(three, one)
+    assert_same(step(whole.model, whole.items, tmp_path / "plain", tokens=given["tokens"]), one)
+    assert one.log["ntp"] != whole.step.log["ntp"]  # fewer samples than all
+
+
 def in_two_processes(work: Callable[[], None]) -> None:
     """Run ``work`` in two forked processes with the environment that torchrun gives."""
     with socket.socket() as probe:
@@ -209,3 +240,19 @@ def test_two_processes_change_no_gradient(whole: Any, tmp_path: Path, accumulate
     in_two_processes(member)
     log = json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[0])
     assert_same(SimpleNamespace(grads=load_file(tmp_path / "two.safetensors"), log=log), expected)
+
+
+def test_two_processes_share_a_budget_packed(whole: Any, tmp_path: Path) -> None:
+    """Groups of questions about one image, beginnings shared, packed; processes with unequal numbers of samples."""
+    tokens = int(0.9 * whole.items.lengths(range(9)).sum())
+    given = {"tokens": tokens, "grouped": True, "packing": "pack", "bucketing": 2}
+    one = step(whole.model, whole.items, tmp_path / "one", {"pack": True}, **given)
+
+    def member() -> None:
+        found = step(whole.model, whole.items, tmp_path / "two", {"pack": True, "share": True}, **given)
+        if os.environ["RANK"] == "0":
+            save_file({n: g.contiguous() for n, g in found.grads.items()}, tmp_path / "two.safetensors")
+
+    in_two_processes(member)
+    log = json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[0])
+    assert_same(SimpleNamespace(grads=load_file(tmp_path / "two.safetensors"), log=log), one)
