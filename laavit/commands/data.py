@@ -92,7 +92,7 @@ def fetch(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help="for example mmvp, blink, cv_bench")
-    parser.add_argument("--root", type=Path, required=True, help="the folder for the copies")
+    parser.add_argument("--root", "--data-root", type=Path, required=True, help="the folder for the copies")
     parser.add_argument("--run", action="store_true", help="download now; needs the network")
     options = parser.parse_args(list(argv))
     from laavit.evaluation.fetch import downloads

@@ -48,12 +48,18 @@ LOGGED = {
     "gamma_question": "gate γ(t), question → image",
     "gamma_latent": "gate γ(t), latent → image",
     "lr": "learning rate",
+    "probe/ntp": "held out: answer loss",
+    "probe/concept": "held out: concept loss",
+    "probe/trajectory": "held out: trajectory loss, KL",
+    "probe/in_box": "held out: attention inside the boxes (S_focus)",
 }
 #: Logged keys that say nothing about learning.
 _HOUSEKEEPING = {
     *("iter", "step", "epoch", "time", "data_time", "seconds", "data_seconds", "data_share", "step_seconds"),
-    *("eta", "memory", "samples_per_second"),
+    *("eta", "memory", "samples_per_second", "tokens_per_second", "mfu", "memory_gb", "host_memory_gb", "data_share"),
 }
+#: and the beginnings of such keys, of which a run logs many
+_PARTS = ("grad_norm/", "target_grad/")
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,8 @@ def logged_keys(runs: Sequence[Run]) -> list[str]:
         for run in runs
         for entry in run.log
         for key, value in entry.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and key not in _HOUSEKEEPING
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in _HOUSEKEEPING and not key.startswith(_PARTS)
     }
     return [key for key in LOGGED if key in found] + sorted(found - set(LOGGED))
 

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from laavit import __version__
+from laavit.evaluation.statistics import holm
 from laavit.files import write_text
 from laavit.reports.figures import Figured, accuracy_panels, colours, curve_panels, gaze_figures
 from laavit.reports.guide import GUIDE
@@ -119,7 +120,7 @@ def write_table(
     if suffix != ".md":
         write_text(Path(out), render(tables, suffix))
         return Path(out)
-    finding = [f"- {_plain(one)}" for one in _headline(rows, found)]
+    finding = [f"- {one}" for one in _headline(rows, found)]
     parts = [f"## {title}\n", "\n".join([*finding, *(f"- {note}" for note in notes)]) + "\n"]
     parts += [table.to_markdown() for table in tables]
     parts.append("Records: " + "; ".join(f"{row.label}: {_named(row)}" for row in rows) + ".\n")
@@ -137,14 +138,26 @@ def first_seeds(runs: Sequence[Run]) -> list[Run]:
     return list({run.label: run for run in reversed(runs)}.values())[::-1]
 
 
-def _headline(rows: Sequence[Row], found: Sequence[Comparison]) -> list[Comparison]:
-    """What the reader came for: the last model with latents against the others, and with its latents masked."""
+def _headline(rows: Sequence[Row], found: Sequence[Comparison]) -> list[str]:
+    """What the reader came for: the last model with latents against the others, and with its latents masked.
+
+    Of many models it is the best one, and how many differences are left once all comparisons are counted.
+    """
     on = [row for row in rows if not row.evaluation.way]
     if not on:
         return []
-    best = [one for one in found if one.row is on[-1] and not one.reference.evaluation.way][::-1]
-    masked = [one for one in found if one.reference is on[-1] and one.row.evaluation.latents == "off"]
-    return best + masked
+    many = len(on) > MANY
+    chosen = max(on, key=lambda row: one.mean if (one := row.score()) else -1.0) if many else on[-1]
+    best = [one for one in found if one.row is chosen and not one.reference.evaluation.way][::-1]
+    masked = [one for one in found if one.reference is chosen and one.row.evaluation.latents == "off"]
+    said = [_plain(one) for one in best + masked]
+    if many and found:
+        holds = sum(p < 0.05 for p in holm([one.gain.p for one in found]))
+        said.append(
+            f"{chosen.label} is the highest of {len(on)} models, which flatters it; of the {len(found)} differences "
+            f"below {holds or 'none'} hold{'s' if holds == 1 else ''} at 5 % after Holm's adjustment for their number."
+        )
+    return said
 
 
 def _plain(one: Comparison) -> str:
@@ -171,7 +184,7 @@ def _header(
         f"{listed(labels) if len(labels) <= MANY else f'{len(labels)} models'} on {questions} questions. Every figure "
         "below is computed from per-sample records; how to read them stands at the end."
     )
-    return _heading(title, lead, [_plain(one) for one in _headline(rows, found)], notes)
+    return _heading(title, lead, _headline(rows, found), notes)
 
 
 def _heading(title: str, lead: str, findings: Sequence[str], notes: Sequence[str]) -> str:

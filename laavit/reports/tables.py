@@ -54,12 +54,15 @@ def results_table(rows: Sequence[Row]) -> Table:
         body.append(cells)
     sizes = [max((one.n for one in column if one), default=0) for column in zip(*scores, strict=True)]
     titles = [f"{title} (n\u00a0=\u00a0{size})" for (title, _, _), size in zip(columns, sizes, strict=True)]
-    notes = ["Per cent correct, with the 95 % Wilson interval. Bold: the highest figure of a column."]
-    seeds = {row.label: len(row.evaluations) for row in rows if len(row.evaluations) > 1}
-    if seeds:
-        counts = ", ".join(f"{label}: {count}" for label, count in seeds.items())
+    seeds = {row.label: len(row.evaluations) for row in rows}
+    counts = sorted(set(seeds.values()))
+    wilson = "with the 95 % Wilson interval" if counts[0] == 1 else "with the 95 % interval"
+    notes = [f"Per cent correct, {wilson}. Bold: the highest figure of a column."]
+    if counts[-1] > 1:
+        several = ", ".join(f"{label}: {count}" for label, count in seeds.items() if count > 1)
+        over = f"over {counts[0]} seeds" if len(counts) == 1 else f"over seeds where there are several ({several})"
         notes.append(
-            f"The mean over seeds where there are several ({counts}); their interval is for other questions and other "
+            f"The mean {over}; {'the' if len(counts) == 1 else 'their'} interval is for other questions and other "
             "seeds (questions redrawn for all seeds at once, seeds as in a t interval)."
         )
     if len(ordered(record.task for row in rows for one in row.evaluations for record in one.records)) > 1:
@@ -103,6 +106,8 @@ def comparisons_table(found: Sequence[Comparison], iterations: int) -> Table:
     if not all(one.gain.exact for one in found):
         notes.append("Where a model has several seeds, these are drawn too, and p comes from the draws.")
     heads = ["pair", "points", "p", "p, Holm", "only first right", "only second right", "n"]
+    if all(one.gain.won is None for one in found):  # of several seeds: of which pair of runs?
+        heads, body = [*heads[:4], heads[6]], [[*line[:4], line[6]] for line in body]
     return Table("Paired differences", heads, body, notes)
 
 

@@ -55,6 +55,20 @@ def test_other_logged_figures_are_drawn_and_housekeeping_is_not(make_runs: Calla
     assert logged_keys(load_runs(paths)[1:2]) == ["ntp", "mystery"]
 
 
+def test_figures_of_the_machine_and_of_parts_are_left_to_the_log(make_runs: Callable[[], list[Path]]) -> None:
+    paths = make_runs()
+    lines = [
+        '{"iter": 1, "ntp": 1.0, "grad_norm": 2.0, "grad_norm/decoder": 1.0, "target_grad/concept": 0.1, "mfu": 0.4}',
+        '{"iter": 2, "ntp": 0.9, "samples_per_second": 3, "tokens_per_second": 9, "host_memory_gb": 1.0}',
+        '{"iter": 3, "ntp": null, "probe/ntp": 1.5, "probe/in_box": 0.25, "probe/mine": null}',
+    ]
+    (paths[1] / "log.jsonl").write_text("\n".join(lines) + "\n")
+    [run] = load_runs(paths)[1:2]
+    assert logged_keys([run]) == ["ntp", "probe/ntp", "probe/in_box", "grad_norm"]
+    titles = [panel.title for panel in curve_panels([run], colours([run.label]))]
+    assert titles[1:3] == ["held out: answer loss", "held out: attention inside the boxes (S_focus)"]
+
+
 def test_running_mean_against_its_definition() -> None:
     values = np.arange(6.0) ** 2
     expected = [values[max(0, i - 2) : i + 1].mean() for i in range(6)]

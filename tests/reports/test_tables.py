@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from laavit.evaluation.statistics import mcnemar, wilson
+from laavit.reports.page import _headline
 from laavit.reports.rows import Row, comparisons, groups, pairs, result_rows
 from laavit.reports.runs import Evaluation, Record, Run, load_runs
 from laavit.reports.table import EMPTY
-from laavit.reports.tables import flatten, p_text, recipe_table, results_table
+from laavit.reports.tables import comparisons_table, flatten, p_text, recipe_table, results_table
 
 
 def row(label: str, answers: dict[tuple[str, str], bool], latents: str = "on", kind: str | None = None) -> Row:
@@ -110,3 +111,22 @@ def test_runs_of_one_seed_are_compared_with_each_other() -> None:
     assert apart.gain.low < 0 and apart.gain.p > 0.5
     assert paired.gain.discordance == pytest.approx(0.05) and apart.gain.discordance > 0.2
     assert (one.gain.won, one.gain.lost) == (5, 0)  # with the one run that began alike, not with all three
+
+
+def test_the_best_of_many_is_named_with_what_is_left_after_all_comparisons() -> None:
+    rows = [row(f"r{i}", {("t", str(j)): j < 40 + (30 if i == 4 else i) for j in range(100)}) for i in range(8)]
+    *said, last = _headline(rows, comparisons(rows))
+    assert [one.split(" answers")[0] for one in said] == ["r4", "r4"] and "+30.0 points" in said[1]
+    assert last.startswith(
+        "r4 is the highest of 8 models, which flatters it; of the 13 differences below 2 hold at 5 %"
+    )
+    few = _headline(rows[:3], comparisons(rows[:3]))
+    assert [one.split(" answers")[0] for one in few] == ["r2", "r2"]  # the last one given, against the others
+
+
+def test_no_column_is_empty_where_models_have_several_seeds() -> None:
+    one = {("t", str(j)): j < 50 for j in range(100)}
+    seeds = [Row(name, name, row(name, one).evaluations * 2) for name in ("a", "b")]
+    assert "only first right" not in comparisons_table(comparisons(seeds), 10).columns
+    assert "only first right" in comparisons_table(comparisons([row("a", one), row("b", one)]), 10).columns
+    assert "over 2 seeds" in results_table(seeds).notes[1] and "Wilson" not in results_table(seeds).notes[0]
