@@ -177,9 +177,7 @@ def train(
     return last
 
 
-def _sampler(
-    dataset: Any, settings: TrainSettings, rank: int, world_size: int, device: torch.device
-) -> BatchSampler:
+def _sampler(dataset: Any, settings: TrainSettings, rank: int, world_size: int, device: torch.device) -> BatchSampler:
     groups = getattr(dataset, "groups", None) if settings.grouped else None
     if settings.grouped and groups is None:
         raise UserError(f"train.grouped: {type(dataset).__name__} has no 'groups'; set train.grouped=False")
