@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from laavit.commands.common import data_card, parse_recipe, recipe_parser
+from laavit.commands.held_out import probe_of
 from laavit.data.aligned import AlignedDataset, Collate, TraceSettings, encodings, ids_of, select
 from laavit.recipe import Recipe
 from laavit.registry import UserError
@@ -45,21 +46,46 @@ def samples_key(samples: Sequence[Sample], recipe: Recipe) -> Hashable:
     return json.dumps(data_card(recipe), sort_keys=True, default=str), chosen
 
 
+def store_of(recipe: Recipe) -> TraceStore | None:
+    """The trace store that a recipe's filters and targets need; None where they need none.
+
+    Raises:
+        UserError: it, or a target's own, is not there or does not fit.
+    """
+    traces: TraceSettings = recipe.build("traces")
+    parts = {name: recipe.build(f"targets.{name}") for name in recipe.config["targets"]}
+    for name, part in parts.items():
+        if part.needs_trace and part.store is not None and read_header(local_store(part.store)) is None:
+            raise UserError(f"targets.{name}: there is no trace store at '{part.store}'")
+    needed = bool(traces.select) or any(part.needs_trace and part.store is None for part in parts.values())
+    return open_store(traces, recipe) if needed else None
+
+
+def replay_recipe(recipe: Recipe, folder: Path) -> None:
+    """Run a batch that a run has kept (``RUN/bad_batches/step_...``) once more, and tell what is not finite."""
+    from laavit.engine.distributed import pick_device
+    from laavit.engine.replay import replay
+    from laavit.model import build_model
+
+    settings = recipe.build("train")
+    device = pick_device(settings.device)
+    store = store_of(recipe)
+    replay(build_model(recipe, store.header if store is not None else {}), folder, settings, device)
+
+
 def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     """Train; returns the last checkpoint's folder."""
     from laavit.backbones.vision_cache import VisionCache, keep_features
     from laavit.engine import train
+    from laavit.engine.hooks.probe import ProbeHook
+    from laavit.engine.hooks.wandb import check_wandb
     from laavit.model import build_model
 
     settings = replace(recipe.build("train"), seed=recipe.config["seed"])
+    check_wandb(settings.wandb)
     strategy = recipe.build("strategy") if recipe.has("strategy") else None
     traces: TraceSettings = recipe.build("traces")
-    parts = {name: recipe.build(f"targets.{name}") for name in recipe.config["targets"]}
-    needs_store = bool(traces.select) or any(part.needs_trace and part.store is None for part in parts.values())
-    for name, part in parts.items():
-        if part.needs_trace and part.store is not None and read_header(local_store(part.store)) is None:
-            raise UserError(f"targets.{name}: there is no trace store at '{part.store}'")
-    store = open_store(traces, recipe) if needs_store else None
+    store = store_of(recipe)
     samples = select(recipe.build("data"), store, traces.select)
     if hasattr(samples, "check"):  # every image file is looked at, so that hours of work do not end at a missing one
         samples.check()
@@ -94,7 +120,10 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     logger.info("%d samples, %s trainable parameters -> %s", len(samples), trainable, work_dir)
     backbone, packed = student.backbone, settings.packing == "pack"
     collate = Collate(backbone.family, backbone.tokenizer.pad_token_id, settings.shared_prefix, packed)
-    return train(model, dataset, collate, settings, work_dir, recipe.config, card, resume, strategy=strategy)
+    hooks = []
+    if settings.probe_every:
+        hooks = [ProbeHook(settings, probe_of(recipe, settings, model, dataset, store, collate))]
+    return train(model, dataset, collate, settings, work_dir, recipe.config, card, resume, hooks, strategy)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -102,8 +131,16 @@ def main(argv: Sequence[str]) -> int:
     parser = recipe_parser("train", "Train a recipe.")
     parser.add_argument("--work-dir", type=Path, help="run folder; default runs/<recipe's name>")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the run folder")
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        metavar="RUN/bad_batches/STEP",
+        help="train nothing: run a batch that was kept because its loss or gradient was not finite once more",
+    )
     options, recipe = parse_recipe(parser, argv)
-    if recipe is not None:
+    if recipe is not None and options.replay is not None:
+        replay_recipe(recipe, options.replay)
+    elif recipe is not None:
         checkpoint = train_recipe(recipe, options.work_dir or Path("runs") / recipe.config["title"], options.resume)
         logger.info("last checkpoint: %s", checkpoint)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device, always: bool = False) -> Iterator[None]:
+def process_group(device: torch.device, always: bool = False, stall_minutes: float = 0.0) -> Iterator[None]:
     """Join the other processes that torchrun started (RANK, WORLD_SIZE), with gloo on CPU and nccl on GPU.
 
     mmengine would call ``torch.cuda.set_device`` whatever the machine, so the group is there before its Runner is.
@@ -45,6 +46,8 @@ def process_group(device: torch.device, always: bool = False) -> Iterator[None]:
 
     Args:
         always: make a group of one process, too.
+        stall_minutes: after which the run ends by itself (``train.stall_minutes``): a collective waits for longer, so
+            that it is that end, with its report, which comes first; 0 leaves PyTorch's own time.
     """
     alone = int(os.environ.get("WORLD_SIZE", 1)) <= 1
     if dist.is_initialized() or (alone and not always):
@@ -54,7 +57,8 @@ def process_group(device: torch.device, always: bool = False) -> Iterator[None]:
     if alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        limit = timedelta(minutes=2 * stall_minutes + 5) if stall_minutes else None
+        dist.init_process_group(backend, timeout=limit)
     try:
         yield
     finally:

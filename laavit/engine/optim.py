@@ -60,7 +60,7 @@ class StepOptimWrapper(OptimWrapper):
 
     What differs from mmengine's: counts are given in optimizer steps; bf16 autocast works on the CPU as well (its
     AmpOptimWrapper refuses); the gradient norm stays a tensor (one host sync a step, in the guard); ``guard(loss,
-    norm)`` is called before the weights change and may raise.
+    norm)`` is called before the weights change, says whether they may, and may raise.
 
     Args:
         optimizer: what steps.
@@ -83,7 +83,7 @@ class StepOptimWrapper(OptimWrapper):
         self.max_norm = clip_grad
         self.precision = precision
         self.device = device or torch.device("cpu")
-        self.guard: Callable[[Tensor, Tensor], None] | None = None
+        self.guard: Callable[[Tensor, Tensor], bool] | None = None
         self.grad_norm: Tensor | None = None
         self._losses: list[Tensor] = []
 
@@ -117,8 +117,8 @@ class StepOptimWrapper(OptimWrapper):
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss = torch.stack(self._losses).sum()
         self._losses = []
-        if self.guard is not None:
-            self.guard(loss, self.grad_norm)
+        if self.guard is not None and not self.guard(loss, self.grad_norm):
+            return
         if self.max_norm > 0:
             clip_grads_with_norm_(parameters, self.max_norm, self.grad_norm)
         self.optimizer.step(**kwargs)

@@ -28,6 +28,8 @@ FIXED = ("seed", "batch_size", "grouped", "bucketing", "tokens")
 #: settings that may change between start and resume without changing the result
 FREE = (
     *("workers", "prefetch", "cache_vision", "checkpoint_every", "keep_last", "log_every", "tensorboard", "device"),
+    *("wandb", "skip_nonfinite", "on_divergence", "stall_minutes"),
+    *("probe_every", "probe_samples", "probe_annotations", "probe_split", "probe_traces"),
     *("find_unused_parameters", "checkpoint_format", "checkpoint_async", "keep_best", "disk_retry_s"),
 )
 

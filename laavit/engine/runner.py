@@ -25,16 +25,17 @@ from laavit.engine.environment import describe
 from laavit.engine.hooks import (
     CheckpointHook,
     DataWaitHook,
-    GuardHook,
     LogHook,
     ProgressHook,
     StepHook,
-    TensorBoardHook,
+    guards,
+    writers,
 )
 from laavit.engine.hooks.log import FILE, truncate_log
 from laavit.engine.kernels import use_kernels
 from laavit.engine.loader import build_loader
 from laavit.engine.loop import StepLoop
+from laavit.engine.memory import told_out_of_memory
 from laavit.engine.optim import StepOptimWrapper, build_adamw, unique_parameters
 from laavit.engine.resuming import check_resumable, load_weights, restorer, starting_point
 from laavit.engine.sampler import BatchSampler
@@ -157,7 +158,7 @@ def train(
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     work_dir = Path(work_dir).resolve()
-    with process_group(device, always=strategy is not None and strategy.always_joins):
+    with process_group(device, strategy is not None and strategy.always_joins, settings.stall_minutes):
         rank, world_size = rank_and_world()
         strategy = strategy_for(strategy, world_size)
         strategy.check(settings, device, world_size)
@@ -239,10 +240,10 @@ def _run(
     about = {"recipe": recipe, "data": {"fingerprint": sampler.fingerprint, "length": len(dataset)}}
     ours: list[Hook] = [
         StepHook(),
-        GuardHook(),
+        *guards(settings),
         LogHook(settings, sampler.epoch(1)),
         DataWaitHook(settings),
-        *([TensorBoardHook()] if settings.tensorboard else []),
+        *writers(settings),
         ProgressHook(settings.steps),
         CheckpointHook(settings, named, strategy, about),
     ]
@@ -269,7 +270,8 @@ def _run(
         experiment_name=f"laavit-{uuid.uuid4().hex}",
     )
     try:
-        runner.train()
+        with told_out_of_memory(runner, settings):
+            runner.train()
     finally:
         runner.call_hook("close")
         for kind in (MMLogger, MessageHub, Visualizer):

@@ -10,9 +10,10 @@ from laavit.registry import SETTINGS, UserError, nearest
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
-KERNELS = ("none", "liger")
 PACKINGS = ("none", "pack")
 FORMATS = ("consolidated", "sharded")
+KERNELS = ("none", "liger")
+REACTIONS = ("warn", "stop")
 
 
 class TrainingStopped(UserError):
@@ -86,6 +87,18 @@ class TrainSettings:
         threads: ``torch.set_num_threads``; None leaves the process as it is.
         seed: of the order of the data and of every random number drawn while training.
         tensorboard: write the logged figures for TensorBoard too, under ``tensorboard/``.
+        wandb: write them to this project of Weights & Biases too (WANDB_MODE=offline keeps them here); None: nowhere.
+        skip_nonfinite: how many steps of the run may be skipped, and kept under ``bad_batches/``, because loss or
+            gradient is not finite; the next one stops the run. 0: the first does.
+        on_divergence: what happens when a loss stays far above its running median: 'warn' or 'stop'.
+        stall_minutes: without a micro-batch, after which the run ends and leaves every process's stacks under
+            ``stalled/``; 0: never.
+        probe_every: steps between looks at samples that are not trained on (figures ``probe/...``); the last step is
+            one. 0: never. The result does not depend on it.
+        probe_samples: how many of them.
+        probe_annotations: the recipe's data with another file are the samples that are looked at.
+        probe_split: the recipe's data with another split are (both together are allowed).
+        probe_traces: a trace store of these samples, for the targets that need one; without, these are left out.
         device: 'auto' (a GPU where there is one), 'cpu', 'cuda' or 'cuda:1'.
     """
 
@@ -122,6 +135,15 @@ class TrainSettings:
     threads: int | None = None
     seed: int = 0
     tensorboard: bool = True
+    wandb: str | None = None
+    skip_nonfinite: int = 0
+    on_divergence: Literal["warn", "stop"] = "warn"
+    stall_minutes: float = 30.0
+    probe_every: int = 0
+    probe_samples: int = 64
+    probe_annotations: str | None = None
+    probe_split: str | None = None
+    probe_traces: str | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -129,6 +151,7 @@ class TrainSettings:
         at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "workers": 0, "checkpoint_every": 0}
         at_least |= {"tokens": 0, "bucketing": 0}
         at_least |= {"keep_last": 0, "seed": 0, "prefetch": 1, "cache_vision": 0, "loss_rows": 0}
+        at_least |= {"skip_nonfinite": 0, "probe_every": 0, "probe_samples": 1}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}: got {getattr(self, name)}; allowed: {least} or more")
@@ -136,7 +159,7 @@ class TrainSettings:
             raise UserError(f"train.seed: got {self.seed}; allowed: 0 to {2**32 - 1}")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"train.threads: got {self.threads}; allowed: 1 or more, or None")
-        for name in ("lr", "weight_decay", "clip_grad", "disk_retry_s"):
+        for name in ("lr", "weight_decay", "clip_grad", "disk_retry_s", "stall_minutes"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"train.{name}: got {value}; allowed: a finite number of 0 or more")
@@ -146,8 +169,8 @@ class TrainSettings:
             best_rule(self.keep_best)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas: got {self.betas}; allowed: two numbers from 0 to below 1")
-        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "packing": PACKINGS, "checkpoint_format": FORMATS}
-        choices |= {"kernels": KERNELS}
+        choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "packing": PACKINGS, "on_divergence": REACTIONS}
+        choices |= {"checkpoint_format": FORMATS, "kernels": KERNELS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"train.{name}: got {getattr(self, name)!r}; {nearest(getattr(self, name), allowed)}")
@@ -156,6 +179,14 @@ class TrainSettings:
     def warmup_steps(self) -> int:
         """Steps of the warm-up: ``ceil(warmup_ratio * steps)``, as Hugging Face's trainer counts them."""
         return math.ceil(self.warmup_ratio * self.steps)
+
+    def logs(self, done: int) -> bool:
+        """Whether a line is logged when ``done`` steps are."""
+        return done in (1, self.steps) or done % self.log_every == 0 or self.probes(done)
+
+    def probes(self, done: int) -> bool:
+        """Whether the held-out samples are looked at when ``done`` steps are."""
+        return self.probe_every > 0 and (done == self.steps or done % self.probe_every == 0)
 
     def as_dict(self) -> dict[str, object]:
         """Plain data, ready for JSON."""

@@ -14,12 +14,14 @@ from laavit.engine.distributed import rank_and_world
 logger = logging.getLogger("laavit.engine")
 
 #: figures of a record that are not worth a place on the screen
-HIDDEN = ("iter", "epoch", "seconds", "step_seconds", "data_seconds", "data_share", "memory_gb")
+HIDDEN = {"iter", "epoch", "seconds", "step_seconds", "data_seconds", "data_share", "memory_gb", "host_memory_gb"}
+HIDDEN_PARTS = ("grad_norm/", "target_grad/")
 
 
 def show(record: dict[str, Any]) -> str:
     """``loss 1.234  ntp 1.1  lr 5e-06``, in the record's order."""
-    return "  ".join(f"{k} {v:.4g}" if v is not None else f"{k} -" for k, v in record.items() if k not in HIDDEN)
+    shown = {k: v for k, v in record.items() if k not in HIDDEN and not k.startswith(HIDDEN_PARTS)}
+    return "  ".join(f"{k} {v:.4g}" if v is not None else f"{k} -" for k, v in shown.items())
 
 
 def span(seconds: float) -> str:

@@ -1,0 +1,102 @@
+"""What a step reads, and what the device could compute: the two sides of tokens per second and of MFU."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+import torch
+
+from laavit.engine.flops import BatchShape, step_flops
+from laavit.engine.loop import sample_ids
+from laavit.structures import Batch
+
+#: Dense bf16 (on older GPUs fp16) peaks of tensor cores in FLOP/s, by what ``torch.cuda.get_device_name`` contains, the
+#: longer names first. Sources: NVIDIA's data sheets and architecture white papers of B200/DGX B200, H100/H200 (SXM,
+#: PCIe, NVL), A100, L40S, L4, A10, A30, RTX 6000 Ada and RTX A6000, V100, T4 (where a sheet gives a rate with sparsity,
+#: half of it), AMD's data sheets of MI250X (one of its two dies is one device) and MI300X.
+PEAKS = {
+    "B200": 2.25e15,
+    "H200": 9.89e14,
+    "H100 PCIe": 7.56e14,
+    "H100 NVL": 8.35e14,
+    "H100": 9.89e14,
+    "H800": 9.89e14,
+    "A100": 3.12e14,
+    "A800": 3.12e14,
+    "A30": 1.65e14,
+    "A10": 1.25e14,
+    "L40S": 3.62e14,
+    "L4": 1.21e14,
+    "RTX 6000 Ada": 3.64e14,
+    "RTX A6000": 1.548e14,
+    "V100": 1.25e14,
+    "T4": 6.5e13,
+    "MI300X": 1.307e15,
+    "MI250X": 1.915e14,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """What the device can do in bf16, FLOP/s; None where it is not known (a CPU, a GPU without an entry, fp32)."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = [peak for part, peak in PEAKS.items() if part in name.replace("-", " ")]
+    return found[0] if found else None
+
+
+def batch_of(data: Any) -> Batch | None:
+    """The ``Batch`` among the arguments of ``forward``, where there is one."""
+    parts = [data, *data.values()] if isinstance(data, dict) else [data]
+    return next((part for part in parts if isinstance(part, Batch)), None)
+
+
+class Work:
+    """What this process has read since the last logged step.
+
+    Args:
+        model: unwrapped, for its FLOPs. peak: of the device, None leaves FLOPs uncounted.
+    """
+
+    def __init__(self, model: Any, peak: float | None) -> None:
+        self.model, self.peak = model, peak
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.samples, self.tokens, self.flops = 0, 0, 0.0
+
+    def add(self, data: Any) -> None:
+        """Count a micro-batch, which lies on the CPU: no wait for a GPU."""
+        self.samples += len(sample_ids(data))
+        batch = batch_of(data)
+        if batch is None:
+            return
+        self.tokens += sum(read for read, _ in BatchShape.of(batch).passes)
+        if self.peak is not None:
+            self.flops += step_flops(self.model, batch)
+
+    def counts(self) -> list[float]:
+        """Samples, tokens and FLOPs."""
+        return [self.samples, self.tokens, self.flops]
+
+    def rates(self, totals: list[float], seconds: float, world: int) -> dict[str, float]:
+        """Figures of the log, of all processes' counts; what is not known (no tokens, no peak) is left out."""
+        samples, tokens, flops = (value / max(seconds, 1e-9) for value in totals)
+        found = {"samples_per_second": round(samples, 4)} if samples else {}
+        if tokens:
+            found["tokens_per_second"] = round(tokens, 2)
+        if self.peak is not None and flops:
+            found["mfu"] = round(flops / (self.peak * world), 5)
+        return found
+
+
+def memory_figures(device: torch.device) -> dict[str, float]:
+    """Peaks since the process began, in GiB: of its own memory, and on a GPU of what tensors took there."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    found = {"host_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)}
+    if device.type == "cuda":
+        found["memory_gb"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return found
