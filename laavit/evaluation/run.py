@@ -105,7 +105,7 @@ def evaluate(
     about |= {"intervention": intervention, "weights_sha256": weights_sha256(model_folder)}
     about |= {"resumed": len(journal or ()), "seconds": round(time.perf_counter() - started, 3)}
     summary = about | _settings(model) | _figures(results, records)
-    _write(Path(out), records, summary)
+    _write(Path(out), records, summary, len(journal or ()) == len(records))
     logger.info("%d answers in %.1f s -> %s", len(records), summary["seconds"], out)
     if suite is not None:
         suite.run(model, task_objects, records, ask, Path(out))
@@ -135,10 +135,12 @@ def _figures(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -
     return {"lmms_eval": results["lmms_eval_version"], "tasks": tasks}
 
 
-def _write(out: Path, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+def _write(out: Path, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], same: bool) -> None:
+    """``same``: every answer was there already, so that this evaluation was stopped amidst its interventions."""
     try:
         # what interventions did to former answers is no finding about these
-        shutil.rmtree(out / "interventions", ignore_errors=True)
+        if not same:
+            shutil.rmtree(out / "interventions", ignore_errors=True)
         (out / "interventions.json").unlink(missing_ok=True)
         write_records(out / "records.jsonl", records)
         write_json(out / "summary.json", summary)

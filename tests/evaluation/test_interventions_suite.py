@@ -194,3 +194,33 @@ def test_sets_and_names_are_put_together_once() -> None:
     assert "image_blanked" not in suite.optional and len(suite.optional) == 11 and suite.limit == 5
     assert Suite.of(["latents_mean"], None, 9).limit == 9 and Suite.of(["latents_mean"]).limit is None
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_a_suite_that_was_stopped_asks_only_what_is_missing(
+    export: Path, boxed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done before stays, unless the answers it is compared with are others."""
+    given: dict[str, Any] = {"data_root": boxed, "limit": 4, "batch_size": 4}
+    names = ["latents_mean", "image_blanked", "latents_first"]
+    asked: list[str] = []
+    answer = Laavit.answer_and_count
+
+    def answer_and_count(self: Laavit, chats: Any, *more: Any) -> Any:
+        name = type(self.intervention).__name__ if self.intervention else "-"
+        if name == "FirstLatent" and "FirstLatent" not in asked:
+            asked.append(name)
+            raise KeyboardInterrupt
+        asked.append(name)
+        return answer(self, chats, *more)
+
+    monkeypatch.setattr(Laavit, "answer_and_count", answer_and_count)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(export, ["microlab_test"], tmp_path, interventions=names, **given)
+    assert len(set(asked)) == 4 and not (tmp_path / "interventions.json").exists()
+    del asked[:-1]
+    evaluate(export, ["microlab_test"], tmp_path, interventions=names, **given)
+    assert asked[1:] == ["FirstLatent"]
+    stopped = found(tmp_path)
+    asked[1:] = []
+    evaluate(export, ["microlab_test"], tmp_path, interventions=names, **given)  # a finished one is asked anew
+    assert len(asked) == 1 + 4 and found(tmp_path) == stopped

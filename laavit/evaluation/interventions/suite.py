@@ -16,8 +16,8 @@ from laavit.evaluation.interventions.collapse import collapse
 from laavit.evaluation.interventions.effects import effect, share
 from laavit.evaluation.interventions.observing import Observer, centre_of
 from laavit.evaluation.interventions.states import Reading, read
-from laavit.evaluation.records import write_records
-from laavit.files import write_json
+from laavit.evaluation.records import read_records, write_records
+from laavit.files import read_object, write_json
 from laavit.paths import project_data
 from laavit.recipe import cards
 from laavit.registry import INTERVENTIONS, UserError, nearest
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from laavit.evaluation.bridge import Laavit
 
 logger = logging.getLogger(__name__)
+
+#: beside an intervention's records once all of them are there
+ASKED = "asked.json"
 
 Records = list[dict[str, Any]]
 #: at most so many questions a task are asked and judged -> (question, record) of each; None on all ranks but the first
@@ -122,13 +125,19 @@ class Suite:
         latents = [one for found in everywhere(own) for one in found]
         asked: dict[str, Records] = {}
         for name, part in parts.items():
+            folder = out / "interventions" / name
+            kept = self._kept(folder, name)
+            if kept is not None:  # of this evaluation, before it was killed
+                asked |= {name: kept} if reference is not None else {}
+                continue
             observer = Observer(readings, centre_of(latents) if part.on != "latents" else None)
             with model.altered(part, observer, readings):
                 answered = ask(self.limit)
             measured = dict(item for found in everywhere(observer.found) for item in found.items())
             if answered is not None:
                 asked[name] = [record | found for key, record in answered if (found := measured[key]) is not None]
-                write_records(out / "interventions" / name / "records.jsonl", asked[name])
+                write_records(folder / "records.jsonl", asked[name])
+                write_json(folder / ASKED, self._asked(name))
                 logger.info("%s: %d answers asked again", name, len(asked[name]))
         if reference is not None:
             found = _figures(reference, asked, {name: part.on for name, part in parts.items()}, skipped)
@@ -137,6 +146,21 @@ class Suite:
                 logger.info("%s", _said(name, one))
             for name, reason in found["skipped"].items():
                 logger.info("%s: left out, %s", name, reason)
+
+    def _asked(self, name: str) -> dict[str, Any]:
+        """What an intervention's records hang on, beside the evaluation."""
+        return {"limit": self.limit, "intervention": str(cards("interventions").get(name, name))}
+
+    def _kept(self, folder: Path, name: str) -> Records | None:
+        """The records that a killed suite left of an intervention; None where it was not finished, or asked otherwise.
+
+        The evaluation clears what is of other answers before (``laavit.evaluation.run``).
+        """
+        file = folder / ASKED
+        if not file.is_file() or read_object(file) != self._asked(name):
+            return None
+        logger.info("%s: asked before the evaluation was stopped", name)
+        return read_records(folder / "records.jsonl")
 
     def _readings(self, model: Laavit, tasks: Sequence[Task]) -> dict[tuple[str, int], Reading]:
         """How every question is read without intervention; what is drawn from this is kept in the main memory."""
