@@ -2,6 +2,10 @@
 
 import os
 import socket
+import sys
+import traceback
+
+import torch
 
 
 def free_port():
@@ -10,7 +14,23 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(lab, work):
+def child(work):
+    """Run ``work`` in a forked process; returns its id. Forking shares the imports, which take seconds."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            work()
+            code = 0
+        finally:
+            if code:
+                traceback.print_exception(sys.exc_info()[1])
+            os._exit(code)
+    return pid
+
+
+def start(work):
     """Fork two processes that call ``work(rank)``; returns their ids."""
     port, pids = str(free_port()), []
     for rank in range(2):
@@ -20,10 +40,10 @@ def start(lab, work):
             os.environ.update({name: str(value) for name, value in given.items()})
             work(rank)
 
-        pids.append(lab.child(member))
+        pids.append(child(member))
     return pids
 
 
-def launch(lab, work):
+def launch(work):
     """The same, to their end; returns their exit codes."""
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in start(lab, work)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in start(work)]

@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from processes import launch
 
 from laavit.backbones.rows import image_rows
 from laavit.cli import run as cli
 from laavit.engine.probe import IN_BOX, InBoxShare, Probe, in_box_share
+from laavit.registry import UserError
 from laavit.targets import ConceptTarget, TrajectoryTarget
 from laavit.targets.base import stack
 from laavit.traces.grids import sample_mask
@@ -40,6 +42,28 @@ def test_figures_are_those_of_eval_mode_over_all_samples_however_batched(lab, sa
     for name in ("ntp", "concept", "trajectory"):
         assert found[name] == pytest.approx(float(whole[name]), rel=1e-9)
     assert int(sums[IN_BOX][1]) == 3
+
+
+@pytest.mark.parametrize(("count", "world", "least"), [(5, 2, 1), (3, 4, 1), (7, 2, 2), (4, 1, 2), (5, 1, 2)])
+def test_every_process_has_as_many_batches_and_every_sample_counts_once(monkeypatch, count, world, least):
+    target = ConceptTarget()
+    target.min_batch = least
+    found = []
+    for rank in range(world):
+        monkeypatch.setattr("laavit.engine.probe.rank_and_world", lambda rank=rank: (rank, world))
+        found.append(Probe(range(count), list, 2 * world, {"concept": target}).batches())
+    assert len({len(batches) for batches in found}) == 1
+    assert all(len(batch) >= least for batches in found for batch, _ in batches)
+    counted = sorted(place for batches in found for batch, weight in batches if weight for place in batch)
+    # what is left over is less than the target can speak of
+    assert counted == list(range(count)) if least == 1 else len(counted) == len(set(counted)) >= count - world
+
+
+def test_fewer_samples_than_a_target_needs_are_refused():
+    target = ConceptTarget()
+    target.min_batch = 2
+    with pytest.raises(UserError, match="1 samples, and a target of this recipe needs 2"):
+        Probe([0], list, 2, {"concept": target}).batches()
 
 
 def test_the_share_in_boxes_is_worked_out_by_hand(lab, samples):
@@ -128,6 +152,28 @@ def test_a_run_with_a_probe_trains_to_the_same_bits(project, trained, others, tm
         assert line["probe/trajectory"] > 0 and line["probe/concept"] > 0
     assert all(line["tokens_per_second"] > 0 and line["target_grad/trajectory"] > 0 for line in lines)
     assert all(line["grad_norm/new_rows"] > 0 for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_log_what_one_does(project, others, tmp_path, strategy):
+    """Three held-out samples for two processes; with fsdp2 the weights are shares of them."""
+    words = ["--train.probe_every", "2", "--train.probe_annotations", str(others[0]), "--train.log_every", "1"]
+
+    def work(rank):
+        given = [*words, "--strategy", strategy, "--work-dir", str(tmp_path / "two")]
+        assert cli("train", [str(project), *given]) == 0
+
+    assert launch(work) == [0, 0]
+    assert cli("train", [str(project), *words, "--work-dir", str(tmp_path / "one")]) == 0
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        assert set(a) == set(b)
+        same = [name for name in a if name.startswith(("grad_norm", "probe/", "ntp", "loss"))]
+        assert {name: b[name] for name in same} == pytest.approx({name: a[name] for name in same}, rel=1e-4)
 
 
 def test_without_traces_the_targets_that_need_them_are_left_out(project, others, tmp_path, caplog):

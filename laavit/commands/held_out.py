@@ -69,8 +69,8 @@ def usable_targets(
 
 
 def probe_of(
-    recipe: Recipe,
     settings: TrainSettings,
+    samples: Sequence[Sample],
     model: Any,
     dataset: AlignedDataset,
     store: TraceStore | None,
@@ -79,14 +79,14 @@ def probe_of(
     """What a run looks at, encoded as its own samples are.
 
     Args:
-        model: of the run. dataset: the one trained on. store: the run's traces. collate: of the run.
+        samples: of ``held_out``. model: of the run. dataset: the one trained on. store: the run's traces.
+        collate: of the run.
 
     Raises:
-        UserError: see ``held_out``; or the probe's traces are of another teacher.
+        UserError: the probe's traces are of another teacher, or a target has the name of a figure.
     """
     from laavit.engine.probe import IN_BOX, Probe, in_box_share
 
-    samples = held_out(recipe, settings, dataset.samples)
     if settings.probe_traces is not None:
         own = TraceStore(local_store(settings.probe_traces))
         if store is not None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from laavit.commands.common import data_card, parse_recipe, recipe_parser
-from laavit.commands.held_out import probe_of
+from laavit.commands.held_out import held_out, probe_of
 from laavit.data.aligned import AlignedDataset, Collate, TraceSettings, encodings, ids_of, select
 from laavit.recipe import Recipe
 from laavit.registry import UserError
@@ -89,6 +89,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     samples = select(recipe.build("data"), store, traces.select)
     if hasattr(samples, "check"):  # every image file is looked at, so that hours of work do not end at a missing one
         samples.check()
+    looked_at = held_out(recipe, settings, samples) if settings.probe_every else []
     model = build_model(recipe, store.header if store is not None else {})
     student = model.student
     cache = None
@@ -121,8 +122,8 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     backbone, packed = student.backbone, settings.packing == "pack"
     collate = Collate(backbone.family, backbone.tokenizer.pad_token_id, settings.shared_prefix, packed)
     hooks = []
-    if settings.probe_every:
-        hooks = [ProbeHook(settings, probe_of(recipe, settings, model, dataset, store, collate))]
+    if looked_at:
+        hooks = [ProbeHook(settings, probe_of(settings, looked_at, model, dataset, store, collate))]
     return train(model, dataset, collate, settings, work_dir, recipe.config, card, resume, hooks, strategy)
 
 

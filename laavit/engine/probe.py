@@ -85,20 +85,28 @@ class Probe:
     collate: Any
     batch_size: int = 8
     targets: Mapping[str, Target] | None = None
-    _batches: list[Any] = field(default_factory=list)
+    _batches: list[tuple[Any, float]] = field(default_factory=list)
 
-    def batches(self) -> list[Any]:
-        """This process's batches, as many as any other's; made once and kept."""
-        if not self._batches:
-            rank, world = rank_and_world()
-            count = len(self.dataset)  # type: ignore[arg-type]
-            if count < world:
-                raise UserError(f"train.probe_samples: {count} samples cannot be shared by {world} processes")
-            places = range(rank, count // world * world, world)
-            size = max(1, self.batch_size // world)
-            for start in range(0, len(places), size):
-                items = [self.dataset[place] for place in places[start : start + size]]
-                self._batches.append(self.collate(items))
+    def batches(self) -> list[tuple[Any, float]]:
+        """This process's batches and what each counts; as many as any other's, made once and kept.
+
+        Where there is nothing left for a process, or less than a target can speak of, it looks at the first samples
+        again and they count 0: with sharded weights all processes have to take part in every forward.
+
+        Raises:
+            UserError: there are fewer samples than a target needs at once.
+        """
+        rank, world = rank_and_world()
+        count = len(self.dataset)  # type: ignore[arg-type]
+        least = max((target.min_batch for target in (self.targets or {}).values()), default=1)
+        if count < least:
+            raise UserError(f"train.probe_samples: {count} samples, and a target of this recipe needs {least} at once")
+        size = max(least, self.batch_size // world)
+        for start in range(0, count if not self._batches else 0, size * world):
+            own = range(start, min(start + size * world, count))[rank::world]
+            enough = len(own) >= least
+            items = [self.dataset[place] for place in (own if enough else range(least))]
+            self._batches.append((self.collate(items), float(enough)))
         return self._batches
 
     def look(self, model: Any, wrapped: nn.Module, device: torch.device, precision: str) -> dict[str, Tensor]:
@@ -112,14 +120,14 @@ class Probe:
         sums: dict[str, Tensor] = {}
         with _untouched(model, device), self._watching(model), torch.no_grad():
             model.eval()
-            for batch in self.batches():
+            for batch, weight in self.batches():
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                     outputs = wrapped(**batch)
                 counts = model.counts(**batch) if hasattr(model, "counts") else {}
                 size = len(getattr(next(iter(batch.values())), "samples", ())) or 1
                 for name, value in outputs.items():
                     if name != "loss" and not name.startswith("gamma"):
-                        count = torch.as_tensor(counts.get(name, size), dtype=torch.float64, device=device)
+                        count = weight * torch.as_tensor(counts.get(name, size), dtype=torch.float64, device=device)
                         pair = torch.stack([value.to(device, torch.float64) * count, count])
                         sums[name] = sums[name] + pair if name in sums else pair
         return sums

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from laavit.engine.bad_batch import BadBatch, read_bad_batches
 from laavit.engine.checkpoint import all_checkpoints
+from laavit.engine.resuming import load_weights
 from laavit.engine.settings import TrainSettings
 
 SHOWN = 8
@@ -66,7 +67,7 @@ def replay(model: Any, folder: Path, settings: TrainSettings, device: torch.devi
     step = next(iter(kept.values())).facts["step"]
     checkpoint = checkpoint_before(folder.parent.parent, step)
     if checkpoint is not None:
-        model.load_checkpoint(checkpoint)
+        load_weights(model, checkpoint)
     logger.info("step %d with the weights of %s", step, checkpoint or "the recipe's start")
     model.to(device).train()
     model.set_step(step)

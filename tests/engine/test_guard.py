@@ -156,7 +156,7 @@ def test_two_processes_skip_together_and_only_the_one_with_the_sample_keeps_it(l
     def work(rank):
         lab.run(tmp_path, data=data, skip_nonfinite=2, log_every=1)
 
-    assert launch(lab, work) == [0, 0]
+    assert launch(work) == [0, 0]
     last = latest_checkpoint(tmp_path)
     assert last.name == "iter_000012"
     assert log(tmp_path)[-1]["skipped"] == 2

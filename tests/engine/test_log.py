@@ -70,7 +70,7 @@ def test_two_processes_count_together(lab, tmp_path):
     def work(rank):
         lab.run(tmp_path, hooks=[Slow()])
 
-    assert launch(lab, work) == [0, 0]
+    assert launch(work) == [0, 0]
     for line in log(tmp_path):
         assert line["samples_per_second"] == pytest.approx(4 / line["step_seconds"], rel=0.01)
 
@@ -125,7 +125,7 @@ def test_norms_of_plain_and_sharded_gradients(lab, tmp_path):
         torch.testing.assert_close(Rows(parameter, rows).norm(), table[rows].norm())
         dist.destroy_process_group()
 
-    assert launch(lab, work) == [0, 0]
+    assert launch(work) == [0, 0]
 
 
 def test_wandb_gets_every_figure_at_its_step_and_a_resumed_run_goes_on(lab, tmp_path, monkeypatch):

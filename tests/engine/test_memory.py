@@ -82,8 +82,6 @@ def test_levers_that_are_pulled_already_are_left_out(lab):
 def test_the_strongest_lever_comes_first_with_its_figure(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "planned", lambda file, world: PLAN)
     sentence = memory.cures(tmp_path / "recipe.json", lab.settings())
-    assert sentence.startswith(
-        "on each GPU strategy.offload=cpu of fsdp2 (weights and optimizer in main memory) frees"
-    )
+    assert sentence.startswith("on each GPU strategy.offload=cpu of fsdp2 (weights and optimizer in main memory) frees")
     assert "train.gradient_checkpointing=True frees about 14 GiB" in sentence
     assert sentence.index("offload") < sentence.index("gradient_checkpointing") < sentence.index("accumulate=2")

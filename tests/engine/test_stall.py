@@ -61,7 +61,7 @@ def test_one_process_hangs_in_its_data_and_the_other_in_a_collective(lab, tmp_pa
         data = lab.FakeData()
         lab.run(tmp_path / "run", data=Hanging(data, lost), stall_minutes=4 / 60)
 
-    assert waited(start(lab, work), 60) == [2, 2]
+    assert waited(start(work), 60) == [2, 2]
     stacks = [(tmp_path / "run" / "stalled" / f"rank_{rank}.txt").read_text() for rank in range(2)]
     assert stacks[0].startswith("process 0: in step 5") or stacks[0].startswith(
         "process 0: waiting for the data of step 5"

@@ -38,7 +38,8 @@ def guards(settings: TrainSettings) -> list[Hook]:
         TargetGradientHook(settings),
         GradientNormHook(settings),
         DivergenceHook(settings.on_divergence),
-        StallHook(settings.stall_minutes),
+        # A full disk is waited for, and by all processes: that is no stall.
+        StallHook(settings.stall_minutes and settings.stall_minutes + settings.disk_retry_s / 60),
     ]
 
 

@@ -42,8 +42,8 @@ class LogHook(Hook):
     to train), ``step_seconds`` and ``data_seconds`` (means over the steps since the last record), ``data_share`` (of
     the latter in the former), of all processes together ``samples_per_second``, ``tokens_per_second`` (positions read,
     padding left out) and, where the GPU's peak is known, ``mfu``; ``host_memory_gb``, and on a GPU ``memory_gb``
-    (peaks); and what other hooks have put beside the model's figures (tensors, in ``after_train_iter``) or into the
-    record (numbers, in ``before_log``). Afterwards it is ``runner.figures``, in all processes.
+    (peaks of process 0); and what other hooks have put beside the model's figures (tensors, in ``after_train_iter``)
+    or into the record (numbers, in ``before_log``). Afterwards it is ``runner.figures``, in all processes.
 
     Args:
         settings: how often, and how many steps.
