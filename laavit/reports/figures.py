@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from laavit.images import open_image
-from laavit.reports.rows import Row, groups
+from laavit.reports.rows import Row, groups, of_all
 from laavit.reports.runs import GazeSample, Run
 from laavit.structures import Box
 from laavit.traces.grids import boxes_to_mask, in_box_mass
@@ -113,7 +113,7 @@ def accuracy_panels(rows: Sequence[Row], colour: Mapping[str, str]) -> list[Figu
     """One panel for each group of questions: every model's accuracy with its 95 % interval."""
     panels = []
     limits = _common_limits(rows)
-    for number, (title, task, kind) in enumerate(groups(rows)):
+    for number, (title, task, kind) in enumerate(groups(of_all(rows))):
         figure, axes = new_panel(height=0.62 + 0.3 * len(rows), left=0.36, right=0.95)
         for y, row in enumerate(reversed(rows)):
             if (one := row.score(task, kind)) is None:
@@ -135,7 +135,7 @@ def accuracy_panels(rows: Sequence[Row], colour: Mapping[str, str]) -> list[Figu
 
 def _common_limits(rows: Sequence[Row]) -> tuple[float, float]:
     """One range of per cent for all panels, so that they can be compared by eye."""
-    scores = [row.score(task, kind) for row in rows for _, task, kind in groups(rows)]
+    scores = [row.score(task, kind) for row in rows for _, task, kind in groups(of_all(rows))]
     known = [one for one in scores if one]
     return max(0.0, 100 * min(one.low for one in known) - 3), min(100.0, 100 * max(one.high for one in known) + 3)
 

@@ -212,9 +212,9 @@ def ordered(values: Iterable[str | None]) -> list[str]:
     return list(dict.fromkeys(value for value in values if value is not None))
 
 
-def groups(rows: Sequence[Row]) -> list[tuple[str, str | None, str | None]]:
-    """The columns of the results, as (title, task, kind): all questions, then tasks, then a task's kinds."""
-    records: list[Record] = [record for row in rows for one in row.evaluations for record in one.records]
+def groups(evaluations: Iterable[Evaluation]) -> list[tuple[str, str | None, str | None]]:
+    """The columns of results, as (title, task, kind): all questions, then tasks, then a task's kinds."""
+    records: list[Record] = [record for one in evaluations for record in one.records]
     tasks = ordered(record.task for record in records)
     found: list[tuple[str, str | None, str | None]] = [("all questions", None, None)]
     if len(tasks) > 1:
@@ -224,6 +224,11 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, str | None, str | None]]:
         if len(kinds) > 1:
             found += [(kind if len(tasks) == 1 else f"{task}: {kind}", task, kind) for kind in kinds]
     return found
+
+
+def of_all(rows: Iterable[Row]) -> list[Evaluation]:
+    """The evaluations behind rows."""
+    return [one for row in rows for one in row.evaluations]
 
 
 @dataclass(frozen=True)

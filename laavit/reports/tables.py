@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laavit.evaluation.statistics import holm
-from laavit.reports.rows import Comparison, Row, groups, ordered
+from laavit.reports.rows import Comparison, Row, groups, of_all, ordered
 from laavit.reports.runs import Run
 from laavit.reports.table import EMPTY, Cell, Table
 
@@ -35,7 +35,7 @@ def p_text(p: float) -> str:
 
 def results_table(rows: Sequence[Row]) -> Table:
     """Accuracy with its 95 % interval: one row a model, one column a group of questions."""
-    columns = groups(rows)
+    columns = groups(of_all(rows))
     scores = [[row.score(task, kind) for _, task, kind in columns] for row in rows]
     best = [
         max((one.mean for one in column if one), default=float("nan")) if len(rows) > 1 else float("nan")

@@ -19,9 +19,10 @@ from rich.progress import track
 
 from laavit.evaluation.statistics import Pooled, holm, pooled
 from laavit.registry import UserError, nearest
+from laavit.reports.rows import groups
 from laavit.reports.table import EMPTY, Cell, Table
 from laavit.reports.tables import between, percent, points
-from laavit.sweeps.table import Column, Row, by_seed, columns_of, difference, matrix
+from laavit.sweeps.table import Column, Row, by_seed, difference, evaluations, matrix
 
 ALL: Column = ("all", None, None)
 #: points that an axis shows at least, on both sides of zero
@@ -58,7 +59,7 @@ def compared(rows: Sequence[Row], references: Sequence[str]) -> tuple[list[Colum
     for name in references:
         if name not in by_arm:
             raise UserError(f"the record has no arm '{name}'; {nearest(name, by_arm)}")
-    columns = [ALL, *columns_of(on)[1:]]
+    columns = [ALL, *groups(evaluations(on))[1:]]
     found = []
     for row in track(on, "intervals", console=Console(stderr=True), transient=True):
         shares = [pooled(matrix(row.answers(column))) for column in columns]

@@ -19,6 +19,7 @@ from rich.progress import track
 
 from laavit.evaluation.statistics import Pooled, holm, pooled, pooled_difference
 from laavit.files import write_text
+from laavit.reports.rows import groups
 from laavit.reports.runs import Evaluation, load_run
 from laavit.reports.table import EMPTY, Cell, Table
 from laavit.reports.tables import percent
@@ -90,17 +91,9 @@ def rows_of(plan: Plan) -> list[Row]:
     ]
 
 
-def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """All questions, then tasks where there are several, then the kinds of each."""
-    records = [record for row in rows for evaluation in row.seeds.values() for record in evaluation.records]
-    tasks = list(dict.fromkeys(record.task for record in records))
-    columns: list[Column] = [("all questions" if len(tasks) != 1 else tasks[0], None, None)]
-    columns += [(task, task, None) for task in tasks] if len(tasks) > 1 else []
-    for task in tasks:
-        kinds = list(dict.fromkeys(record.kind for record in records if record.task == task))
-        named = [kind for kind in kinds if kind is not None]
-        columns += [(f"{task}: {k}" if len(tasks) > 1 else k, task, k) for k in named] if len(named) > 1 else []
-    return columns
+def evaluations(rows: Sequence[Row]) -> list[Evaluation]:
+    """Those of every seed."""
+    return [evaluation for row in rows for evaluation in row.seeds.values()]
 
 
 def matrix(answers: Mapping[tuple[str, str], Sequence[bool]]) -> NDArray[np.bool_]:
@@ -210,7 +203,7 @@ def write_table(plan: Plan) -> Path | None:
     rows = rows_of(plan)
     if not any(row.seeds for row in rows):
         return None
-    columns = columns_of(rows)
+    columns = groups(evaluations(rows))
     results = results_of(plan, rows, columns)
     table = table_of(plan, results, columns)
     write_text(plan.out / f"{NAME}.csv", csv_of(results, columns))

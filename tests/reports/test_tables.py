@@ -7,7 +7,7 @@ import pytest
 
 from laavit.evaluation.statistics import mcnemar, wilson
 from laavit.reports.page import _headline
-from laavit.reports.rows import Row, comparisons, groups, pairs, result_rows
+from laavit.reports.rows import Row, comparisons, groups, of_all, pairs, result_rows
 from laavit.reports.runs import Evaluation, Record, Run, load_runs
 from laavit.reports.table import EMPTY
 from laavit.reports.tables import comparisons_table, flatten, p_text, recipe_table, results_table
@@ -63,7 +63,7 @@ def test_many_runs_are_compared_with_the_first_two() -> None:
 def test_tasks_and_kinds_make_the_columns_and_a_missing_one_stays_empty() -> None:
     first = row("a", {("depth", "0"): True, ("iq", "0"): False})
     second = row("b", {("depth", "0"): False})
-    assert [title for title, _, _ in groups([first, second])] == ["all questions", "depth", "iq"]
+    assert [title for title, _, _ in groups(of_all([first, second]))] == ["all questions", "depth", "iq"]
     table = results_table([first, second])
     assert table.rows[1][3].text == EMPTY and not table.rows[1][3].best
     assert any("'all questions' has fewer than 2 questions for b" in note for note in table.notes)

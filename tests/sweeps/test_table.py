@@ -54,8 +54,10 @@ def test_figures_are_those_of_the_records(swept: Plan) -> None:
         (r["arm"], r["latents"], r["column"], r["what"]): r for r in csv.DictReader((swept.out / "table.csv").open())
     }
     means = {key[:3]: float(row["mean"]) for key, row in rows.items() if key[3] == "accuracy"}
-    assert means["base", "on", "quiz"] == 0.25 and means["naive", "on", "quiz"] == pytest.approx((0.5 + 0.25) / 2)
-    assert means["ours", "on", "quiz"] == 0.75 and means["ours", "off", "quiz"] == 0.5
+    assert means["base", "on", "all questions"] == 0.25 and means["naive", "on", "all questions"] == pytest.approx(
+        (0.5 + 0.25) / 2
+    )
+    assert means["ours", "on", "all questions"] == 0.75 and means["ours", "off", "all questions"] == 0.5
     assert means["ours", "on", "b"] == 0.5 and means["naive", "on", "a"] == 0.75
     gains = {key[:2]: row for key, row in rows.items() if key[3] == "difference"}
     assert float(gains["ours", "on"]["mean"]) == pytest.approx(0.375)  # (0.25 + 0.5) / 2
