@@ -11,6 +11,7 @@ Shapes: as in laavit/attention.py. Source: FlexAttention (arXiv 2412.05496).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,6 @@ from transformers.modeling_utils import AttentionInterface
 from laavit.attention import AttentionContext, GatePath, record_rows
 from laavit.packing import per_sample
 from laavit.registry import UserError
-from laavit.segments import Segment
 
 FLEX = "laavit_flex"
 
@@ -75,42 +75,99 @@ def gate_score(paths: Sequence[GatePath], dtype: torch.dtype) -> Callable[..., T
     return score_mod
 
 
-def segment_blocks(context: AttentionContext, window: int | None) -> BlockMask:
-    """The block mask of a pass that goes on after others, made once for layers of equal windows: causal by columns."""
-    segment, key = context.segment, (window or 0,)
-    assert segment is not None, "segment_blocks is called for a part of a sequence"
-    if key not in context.blocks:
-        queries, keys = segment.columns.clamp(min=0), segment.keys
+#: batch and index of a query or key -> which sample of the batch, and which of its columns; column -1 pads
+Place = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-        def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            here, there = queries[batch, query], keys[batch, key]
-            allowed = (there >= 0) & (there <= here)
+
+@dataclass(frozen=True)
+class Layout:
+    """What the queries and keys of a pass are, where their index is not their column.
+
+    Args:
+        query, key: where each stands. shape: rows, queries and keys of the pass.
+    """
+
+    query: Place
+    key: Place
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, context: AttentionContext | None) -> Layout | None:
+        """Of a pass that goes on after others (laavit/segments.py), or of a packed row (laavit/packing.py)."""
+        if context is not None and context.segment is not None:
+            queries, keys = context.segment.columns, context.segment.keys
+            if not context.goes_on:
+                return None
+            shape = len(queries), queries.shape[1], keys.shape[1]
+            return cls(lambda row, index: (row, queries[row, index]), lambda row, index: (row, keys[row, index]), shape)
+        if context is not None and context.packing is not None:
+            owners, columns = context.packing.owners, context.packing.columns
+
+            def place(row: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+                return owners[index], columns[index]
+
+            return cls(place, place, (1, len(owners), len(owners)))
+        return None
+
+    def blocks(self, window: int | None, device: torch.device) -> BlockMask:
+        """Causal by columns, within samples; ``window``: how many columns a sliding layer looks back."""
+
+        def mask_mod(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            (sample, here), (other, there) = self.query(row, query), self.key(row, key)
+            here = here.clamp(min=0)  # padding sees its sample's first column: no row of a softmax is empty
+            allowed = (sample == other) & (there >= 0) & (there <= here)
             return allowed if window is None else allowed & (here - there < window)
 
-        (rows, count), device = queries.shape, queries.device
-        context.blocks[key] = create_block_mask(
-            mask_mod, rows, None, count, keys.shape[1], device=device, _compile=device.type != "cpu"
-        )
-    return context.blocks[key]
+        rows, queries, keys = self.shape
+        return create_block_mask(mask_mod, rows, None, queries, keys, device=device, _compile=device.type != "cpu")
+
+    def score(self, score_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A gate's ``score_mod`` over samples and columns, for the indices of this pass; none for padding."""
+
+        def moved(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            (sample, here), (_, there) = self.query(row, query), self.key(row, key)
+            return torch.where(here < 0, score, score_mod(score, sample, head, here.clamp(min=0), there.clamp(min=0)))
+
+        return moved
 
 
-def by_columns(segment: Segment, score_mod: Callable[..., Tensor] | None) -> Callable[..., Tensor] | None:
-    """A gate's ``score_mod`` over the columns of a batch, for the queries and keys of a pass; none for padding."""
-    if score_mod is None:
-        return None
-    queries, keys = segment.columns, segment.keys
-
-    def moved(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        here, there = queries[batch, query], keys[batch, key]
-        gated = score_mod(score, batch, head, here.clamp(min=0), there.clamp(min=0))
-        return torch.where(here < 0, score, gated)
-
-    return moved
+def blocks_of(
+    context: AttentionContext | None, layout: Layout | None, query: Tensor, key: Tensor, window: int | None
+) -> BlockMask:
+    """The block mask of a pass whose decoder was given none, made once for layers of equal windows."""
+    kept = context.blocks if context is not None else {}
+    name = (window or 0,) if layout is not None else (-1, query.shape[2], key.shape[2])
+    if name not in kept:
+        if layout is not None:
+            kept[name] = layout.blocks(window, query.device)
+        else:
+            kept[name] = block_mask(query.shape[0], query.shape[2], key.shape[2], device=query.device)
+    return kept[name]
 
 
 @torch.compiler.disable
-@per_sample
 def laavit_flex_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: BlockMask | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface on FlexAttention, with a gate and recorded rows.
+
+    A packed row is one block mask; but where keys are put aside sample by sample, it is laid out for that.
+
+    Args:
+        query: [B, H, S, D]. key, value: [B, H / G, S, D]. attention_mask: a block mask, or None (causal).
+        kwargs: ``dropout``, ``scaling``, ``laavit`` (the context of this forward pass; None is plain attention), and
+            what transformers gives beside.
+
+    Raises:
+        UserError: FlexAttention cannot do what is asked: dropout, a soft cap, sinks, or gradients on the CPU.
+        ValueError: see ``laavit.attention.record_rows``.
+    """
+    context: AttentionContext | None = kwargs.get("laavit")
+    attend = attended if context is None or context.segment is None else per_sample(attended)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def attended(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -121,41 +178,43 @@ def laavit_flex_attention(
     laavit: AttentionContext | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface on FlexAttention, with a gate and recorded rows.
-
-    Args:
-        query: [B, H, S, D]. key, value: [B, H / G, S, D]. attention_mask: a block mask, or None (causal).
-        laavit: the context of this forward pass; None is plain attention.
-
-    Raises:
-        UserError: FlexAttention cannot do what is asked: dropout, a soft cap, sinks, or gradients on the CPU.
-        ValueError: see ``laavit.attention.record_rows``.
-    """
+    """See ``laavit_flex_attention``."""
     asked = {"attention dropout": dropout > 0.0, "a soft cap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     refused = [name for name, given in asked.items() if given is not None and given is not False]
     if refused:
         raise UserError(f"attention: '{FLEX}' cannot do {' or '.join(refused)}; take 'laavit'")
     if query.device.type == "cpu" and torch.is_grad_enabled() and _gradient(query, key, value):
         raise UserError(f"attention: FlexAttention has no gradients on the CPU; take 'laavit' in place of '{FLEX}'")
-    mask, segment = attention_mask, laavit.segment if laavit is not None else None
-    if segment is not None:
-        key, value = segment.joined(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-    if laavit is not None and laavit.goes_on:
-        mask = segment_blocks(laavit, kwargs.get("sliding_window"))  # type: ignore[arg-type]
-    if mask is None:
-        mask = block_mask(query.shape[0], query.shape[2], key.shape[2], device=query.device)
+    if laavit is not None and laavit.segment is not None:
+        key, value = laavit.segment.joined(int(module.layer_idx), key, value)  # type: ignore[arg-type]
+    layout, mask = Layout.of(laavit), attention_mask
+    if layout is not None or mask is None:
+        mask = blocks_of(laavit, layout, query, key, kwargs.get("sliding_window"))  # type: ignore[arg-type]
     score_mod = None
     if laavit is not None:
-        layer = record_rows(module, query, key, mask, scaling, laavit)
+        layer = _recorded(module, query, key, mask, scaling, laavit)
         score_mod = gate_score(laavit.paths_at(layer), torch.promote_types(query.dtype, torch.float32))
-        if segment is not None and laavit.goes_on:
-            score_mod = by_columns(segment, score_mod)
+        if score_mod is not None and layout is not None:
+            score_mod = layout.score(score_mod)
     options: dict[str, Any] = {"score_mod": score_mod, "block_mask": mask, "scale": scaling, "enable_gqa": True}
     if query.device.type == "cpu":
         out = flex_attention(query, key, value, **options)
     else:
         out = compile_friendly_flex_attention(query, key, value, training=module.training, **options)
     return cast(Tensor, out).transpose(1, 2).contiguous(), None
+
+
+def _recorded(
+    module: nn.Module, query: Tensor, key: Tensor, mask: BlockMask, scaling: float | None, context: AttentionContext
+) -> int:
+    """Record what a context asks of a layer, of a packed row sample by sample; returns the layer's index."""
+    layer, packing = int(module.layer_idx), context.packing  # type: ignore[arg-type]
+    if packing is None or context.segment is not None:
+        return record_rows(module, query, key, mask, scaling, context)
+    if not context.wants(layer):
+        return layer
+    query, key = (packing.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (query, key))
+    return record_rows(module, query, key, None, scaling, context)
 
 
 def _gradient(*tensors: Tensor) -> bool:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from families import FAMILY_NAMES
 from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
 
+from laavit import flex_attention
 from laavit.attention import AttentionContext
 from laavit.backbones import PromptSettings, collate
 from laavit.backbones.chat import IGNORED
@@ -26,7 +28,6 @@ from laavit.students import HFStudent
 
 LATENTS = {"none": lambda: None, "learned": lambda: LearnedLatents((2, 4)), "feedback": lambda: FeedbackLatents(3)}
 WORDS = [("what colour is it?", "red"), ("is the circle left of the square?", "yes it is")]
-PACKED = [name for name in FAMILY_NAMES if name != "gemma3"]
 
 
 def student_of(folder: Path, latents: str, **arguments: Any) -> HFStudent:
@@ -79,7 +80,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("latents", LATENTS)
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_packed_equals_padded(
     family: str, latents: str, folder_of: Callable[[str], Path], samples: list[Sample]
 ) -> None:
@@ -147,6 +148,22 @@ def test_checkpointing_changes_nothing(folder_of: Callable[[str], Path], samples
         assert (found[3][name] - grad).norm() <= 1e-6 * grad.norm().clamp(min=1e-3), name
 
 
+def test_flex_attention_learns_the_same(
+    folder_of: Callable[[str], Path], samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packed row as one block mask, the gate by samples; torch refuses its gradients on the CPU, but has them."""
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex_attention, "_gradient", lambda *tensors: False)
+    found = []
+    for attention in ("laavit", "laavit_flex"):
+        student = student_of(folder_of("qwen2_5_vl"), "learned", attention=attention)
+        for share in (False, True)[: 1 if attention == "laavit" else 2]:
+            found.append(read(student, batch_of(student, asked(samples[:2])[:5], pack=True, share=share)))
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+
+
 def test_flex_attention_reads_packed_rows(folder_of: Callable[[str], Path], samples: list[Sample]) -> None:
     student = student_of(folder_of("qwen2_5_vl"), "learned", attention="laavit_flex").eval()
     with torch.no_grad():
@@ -155,10 +172,7 @@ def test_flex_attention_reads_packed_rows(folder_of: Callable[[str], Path], samp
     torch.testing.assert_close(packed[used], padded[used], rtol=0, atol=1e-9)
 
 
-def test_what_cannot_be_packed_is_refused(folder_of: Callable[[str], Path], samples: list[Sample]) -> None:
-    student = student_of(folder_of("gemma3"), "none")
-    with pytest.raises(UserError, match=r"train\.packing: Gemma3 cannot be packed: an image's tokens see each other"):
-        batch_of(student, samples, pack=True)
+def test_a_short_window_is_refused(folder_of: Callable[[str], Path], samples: list[Sample]) -> None:
     student = student_of(folder_of("qwen2_5_vl"), "none")
     layers: Any = student.backbone.family.decoder(student.model).layers
     for layer in layers:
