@@ -183,15 +183,6 @@ def attention_keeps_keys(parts: Parts) -> None:
             raise UserError(f"student.{error}") from None
 
 
-def samples_can_be_packed(parts: Parts) -> None:
-    """Samples of one row have masks of their own only where a family's are causal."""
-    if parts.train.packing == "none" or parts.student is None:
-        return
-    family = family_class(parts.student.model_type)
-    if family.unpackable:
-        raise UserError(f"train.packing: {family.__name__} cannot be packed: {family.unpackable}")
-
-
 def latents_are_there(parts: Parts) -> None:
     """What reads or gates latents has some."""
     if parts.layout.most:
@@ -371,7 +362,6 @@ RULES: tuple[Callable[[Parts], None], ...] = (
     halves_are_cast,
     flex_has_a_gpu,
     attention_keeps_keys,
-    samples_can_be_packed,
     latents_are_there,
     gate_fits,
     question_sees_the_image,

@@ -2,9 +2,9 @@
 
 Norms, projections, MLPs and experts work on positions one by one, and read the row. Attention works on samples: there a
 row's queries, keys and values are laid out as samples again, padded behind, so that no position can see another
-sample's whatever a gate or recorded rows ask for, and causal attention needs no mask. A block mask of the row would be
-T x T; this costs copies of O(T * D) a layer, and attention over the padding behind samples that are shorter than the
-longest. Positions (M-RoPE's, too) are those of each sample by itself.
+sample's whatever a gate or recorded rows ask for, and causal attention needs no mask (others have one a sample, as
+padded batches do). A block mask of the row would be T x T; this costs copies of O(T * D) a layer, and attention over
+the padding behind samples that are shorter than the longest. Positions (M-RoPE's, too) are those of each sample.
 
 Shapes: ``B`` samples, ``Q`` columns of the longest, ``T`` positions of the row, the sum of their lengths.
 """
@@ -66,7 +66,7 @@ class Packing:
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """What is given to a decoder in place of a mask, so that it builds none: laid out samples need none."""
+    """What is given to a decoder in place of a mask, so that it builds none: samples that are laid out need none."""
     return torch.empty(1, 1, 0, 0, device=device)
 
 
@@ -84,8 +84,9 @@ def per_sample(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., t
         packing: Packing | None = getattr(kwargs.get("laavit"), "packing", None)
         if packing is None:
             return attention(module, query, key, value, attention_mask, **kwargs)
+        mask = None if isinstance(attention_mask, Tensor) and attention_mask.numel() == 0 else attention_mask
         window = kwargs.get("sliding_window")
-        if window is not None and window < packing.shape[1] and not kwargs["laavit"].goes_on:
+        if mask is None and window is not None and window < packing.shape[1] and not kwargs["laavit"].goes_on:
             raise UserError(
                 f"train.packing: a decoder layer looks back {window} positions and no further, and a sample has "
                 f"{packing.shape[1]}; packed samples have no mask that says so: take packing 'none'"
@@ -93,7 +94,7 @@ def per_sample(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., t
         query, key, value = (
             packing.unpack(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value)
         )  # [1, H, T, D] -> [B, H, Q, D]
-        found, _ = attention(module, query, key, value, None, **kwargs)
+        found, _ = attention(module, query, key, value, mask, **kwargs)
         return packing.pack(found), None
 
     return laid_out

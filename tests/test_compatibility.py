@@ -451,15 +451,6 @@ def test_closed_rows_have_nothing_to_learn_from(lab: Any, samples: list[Sample])
         assert moved != closed, rows
 
 
-def test_packing_wants_causal_masks(tiny_folder: Path, tmp_path: Path) -> None:
-    check(recipe(tiny_folder, train={"packing": "pack"}))
-    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    said = refusal(tmp_path, teacher=None, targets={}, train={"packing": "pack"})
-    assert said.startswith("train.packing: Gemma3 cannot be packed: an image's tokens see each other")
-    check(recipe(tmp_path, teacher=None, targets={}))
-
-
 def test_a_budget_of_tokens_leaves_the_number_of_samples_open(tiny_folder: Path) -> None:
     targets = {"t": {"name": "concept", "loss": "info_nce"}}
     said = refusal(tiny_folder, targets=targets, train={"tokens": 4096})

@@ -138,7 +138,8 @@ class Backbone:
         inputs, packing = self._image_inputs(batch), context.packing if context is not None else None
         if packing is not None:
             positions = packing.columns[None] if positions is None else packing.pack_ids(positions)
-            ids, inputs["attention_mask"] = packing.pack(ids), no_mask(ids.device)
+            masks = self.family.masks(self.model, ids)
+            ids, inputs["attention_mask"] = packing.pack(ids), no_mask(ids.device) if masks is None else masks
         inputs |= self.family.text_inputs(ids)
         output = self.model.model(  # type: ignore[operator]
             input_ids=ids, position_ids=positions, use_cache=False, laavit=context, **inputs
@@ -299,12 +300,7 @@ def collate(items: Sequence[Encoded], family: Any, pad: int, share: bool = False
         items: encoded samples, all with cached features or all without. family: their model family.
         pad: padding token id. share: read what samples begin with alike once (``shared_prefix``).
         pack: have the decoder read one row without padding (laavit/packing.py).
-
-    Raises:
-        UserError: samples are to be packed, and the family's cannot be.
     """
-    if pack and family.unpackable:
-        raise UserError(f"train.packing: {type(family).__name__} cannot be packed: {family.unpackable}")
     shared = shared_prefix(items, family.image_token_id) if share else None
     seen = items if shared is None else [items[place] for place in shared.first.tolist()]
     lengths = torch.tensor([len(item.input_ids) for item in items])

@@ -141,7 +141,8 @@ def test_checkpointing_changes_nothing(folder_of: Callable[[str], Path], samples
     student = student_of(folder_of("qwen2_5_vl"), "feedback").train()
     batch = batch_of(student, asked(samples), pack=True, share=True)
     expected = read(student, batch)
-    student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model: Any = student.model
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     found = read(student, batch)
     assert torch.equal(found[0], expected[0])
     for name, grad in expected[3].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from laavit.backbones import PromptSettings
 from laavit.backbones.rows import emits
+from laavit.cli import run as cli_run
 from laavit.data.aligned import Collate
 from laavit.engine import TrainSettings, train
 from laavit.gates import ConstantGate
@@ -203,6 +205,19 @@ def test_a_budget_of_tokens_changes_no_gradient(whole: Any, tmp_path: Path, how:
     assert_same(three, one)
     assert_same(step(whole.model, whole.items, tmp_path / "plain", tokens=given["tokens"]), one)
     assert one.log["ntp"] != whole.step.log["ntp"]  # fewer samples than all
+
+
+def test_a_recipe_trains_and_resumes_packed_by_a_budget(project: Path, tmp_path: Path) -> None:
+    flags = {"steps": 4, "tokens": 400, "bucketing": 2, "packing": "pack", "grouped": "true", "shared_prefix": "true"}
+    words = [str(project), *(word for name, value in flags.items() for word in (f"--train.{name}", str(value)))]
+    assert cli_run("train", [*words, "--work-dir", str(tmp_path / "whole")]) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "iter_000004")
+    assert cli_run("train", [*words, "--work-dir", str(tmp_path / "cut"), "--resume"]) == 0
+    last = Path("checkpoints") / "iter_000004" / "model.safetensors"
+    assert (tmp_path / "cut" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+    anew = [*words, "--train.bucketing", "3", "--work-dir", str(tmp_path / "cut"), "--resume"]
+    assert cli_run("train", anew) == 2
 
 
 def in_two_processes(work: Callable[[], None]) -> None:

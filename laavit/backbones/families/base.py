@@ -34,8 +34,6 @@ class Family:
     image_settings: tuple[str, ...] = ()
     #: whether ``feature_inputs`` can hand image features over in place of pixels
     takes_features = False
-    #: why samples cannot be packed into one row; empty where they can
-    unpackable: str = ""
     #: patches of the vision tower along each side of a token
     merge: int = 1
 
@@ -108,6 +106,14 @@ class Family:
     def text_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         """What the model wants beside the token ids [B, S], for example which of them are image tokens."""
         return {}
+
+    def masks(self, model: Any, input_ids: Tensor) -> Any:
+        """The attention masks of a batch [B, S] as the decoder takes them, for rows that are read packed.
+
+        None where every layer is causal and looks all the way back: then no mask is needed. A family whose image tokens
+        look ahead, or whose layers do not look far, says so here.
+        """
+        return None
 
     def image_features(self, model: Any, vision: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What the language model reads in place of the tokens ``image_token_id``: [N_i, D] an image, all its tiles

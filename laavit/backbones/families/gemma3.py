@@ -21,7 +21,6 @@ class Gemma3(Tiled):
     layers look back no further than a sliding window, so that late rows see nothing of an early image there.
     """
 
-    unpackable = "an image's tokens see each other in both directions, which packed samples have no mask for"
     image_settings = (
         "do_pan_and_scan",
         "pan_and_scan_min_crop_size",
@@ -54,6 +53,17 @@ class Gemma3(Tiled):
                 found.append((0.0, begin / height, 1.0, end / height))
             begin = end
         return found
+
+    def masks(self, model: Any, input_ids: Tensor) -> Any:
+        """The model's own, [B, 1, S, S] of each kind of layer."""
+        return model.create_masks_for_generate(
+            config=model.config,
+            inputs_embeds=torch.empty(*input_ids.shape, 0, dtype=model.dtype, device=input_ids.device),
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=None,
+            **self.text_inputs(input_ids),
+        )
 
     def text_inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
         return {"token_type_ids": (input_ids == self.image_token_id).int()}
