@@ -45,6 +45,7 @@ def test_wrong_flags_exit_2() -> None:
     assert bench("--kept", "0", script="extract.py").returncode == 2
     assert bench("--ways", "lavit", script="training.py").returncode == 2
     assert bench("--batch", "0", script="evaluation.py").returncode == 2
+    assert bench("--megabytes", "3", script="checkpoint.py").returncode == 2
 
 
 def test_a_small_extraction_is_compared_with_the_straightforward_one(tmp_path: Path) -> None:

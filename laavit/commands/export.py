@@ -8,9 +8,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from laavit.commands.common import Parser, checkpoint_of, run_recipe
+from laavit.files import TEMPORARY
 from laavit.latents import NO_LATENTS, SEPARATOR, latent_tokens
 from laavit.paths import EXPORT_CARD
 from laavit.recipe import Recipe, zoo_path
@@ -65,14 +67,40 @@ def export_run(run: Path, out: Path, checkpoint: Path | None = None, adapters: s
         UserError: the run or the checkpoint is not complete, ``out`` exists and is no export, or no adapters are there
             to be kept apart.
     """
-    from laavit.engine.checkpoint import read_state
-    from laavit.students.lora import base_of
+    from laavit.engine.checkpoint import is_sharded
 
     recipe = run_recipe(run)
-    source = checkpoint or checkpoint_of(run)
-    read_state(source)  # refuses what is no complete checkpoint
+    source = (checkpoint or checkpoint_of(run)).resolve()  # checkpoints/best is a link
+    sharded = is_sharded(source)  # refuses what is no complete checkpoint
     if out.exists() and any(out.iterdir()) and not (out / EXPORT_CARD).is_file():
         raise UserError(f"'{out}' exists and is no export of laavit; name another folder")
+    if not sharded:
+        return _export(run, recipe, source, out, adapters, source.name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=TEMPORARY) as folder:
+        whole = _consolidated(recipe, source, Path(folder))
+        return _export(run, recipe, whole, out, adapters, source.name)
+
+
+def _consolidated(recipe: Recipe, checkpoint: Path, folder: Path) -> Path:
+    """Put together the student of a sharded checkpoint: what it learned there, the rest as it was before training."""
+    import torch
+
+    from laavit.engine.resuming import load_learned
+    from laavit.engine.sharded import MODEL
+
+    student = recipe.build("student")
+    student.setup(recipe.build("latents") if recipe.has("latents") else None, torch.Generator())
+    learned = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+    load_learned(student.state_dict(), checkpoint, f"{MODEL}student.", learned)
+    student.save(folder)
+    return folder
+
+
+def _export(run: Path, recipe: Recipe, source: Path, out: Path, adapters: str, step: str) -> Path:
+    """The export of a consolidated checkpoint."""
+    from laavit.students.lora import base_of
+
     if adapters == "apart" and not base_of(source):
         raise UserError(f"--adapters apart: '{run}' was trained without adapters (student.lora)")
     if adapters == "apart" and "path" not in recipe.arguments("student"):
@@ -94,7 +122,7 @@ def export_run(run: Path, out: Path, checkpoint: Path | None = None, adapters: s
         "suffix": prompt.suffix,
         "recipe": recipe.config["title"],
         "recipe_sha256": recipe.digest(),
-        "step": source.name,
+        "step": step,
     }
     if base_of(source):
         card |= _write_adapted(recipe, source, temporary, adapters)

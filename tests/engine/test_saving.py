@@ -76,10 +76,10 @@ def test_written_in_the_background_a_checkpoint_has_the_same_bits(lab, tmp_path,
 
 def test_steps_do_not_wait_for_a_write_in_the_background_and_the_end_does(lab, tmp_path):
     model, marks = lab.FakeModel(), Marks()
-    slow = Slow(model, seconds=0.5)
+    slow = Slow(model, seconds=1.0)
     last = lab.run(tmp_path, model=model, steps=7, hooks=[marks], checkpoint_async=True).last
     assert slow.threads == [False, False] and last.name == "iter_000007"
-    assert marks.times[5] - marks.times[3] < 0.5 <= marks.times[6] - marks.times[3]  # 7 waits for 4, then for itself
+    assert marks.times[5] - marks.times[3] < 1.0 <= marks.times[6] - marks.times[3]  # 7 waits for 4, then for itself
 
 
 def test_a_write_that_failed_in_the_background_is_told_at_the_next_checkpoint(lab, tmp_path):
@@ -162,7 +162,7 @@ def test_the_best_checkpoint_is_marked_and_stays(lab, tmp_path, caplog):
     assert names(tmp_path / "max") == ["best", "iter_000012", "iter_000020"]
     best = tmp_path / "max" / "checkpoints" / "best"
     assert os.readlink(best) == "iter_000012" and read_state(best)["figures"] == {"probe/in_box": 0.7}
-    assert "no figure 'probe/in_box' has been logged yet" in caplog.text
+    assert "no 'probe/in_box' in the last logged figures" in caplog.text
     assert best_checkpoint(tmp_path / "max", "probe/in_box:min").name == "iter_000012"  # the earlier of equals
     assert latest_checkpoint(tmp_path / "max").name == "iter_000020"
     longer = {**given, "steps": 24, "keep_best": "probe/in_box:min"}

@@ -10,6 +10,7 @@ from laavit.engine import latest_checkpoint
 from laavit.engine.checkpoint import is_complete, is_sharded, read_state
 from laavit.engine.distributed import process_group
 from laavit.engine.sharded import SHARDS, files_of, read_shards, stored_shapes, write_shards
+from laavit.engine.strategies import FSDP2
 from laavit.registry import UserError
 
 SHARDED = {"checkpoint_format": "sharded"}
@@ -137,3 +138,31 @@ def test_every_process_writes_its_share(lab, tmp_path):
     assert is_complete(folder)
     held = [set(load_file(file)) for file in sorted((folder / SHARDS).iterdir())]
     assert len(held) == 2 and not held[0] & held[1]
+
+
+@pytest.mark.parametrize("kind", ["sharded", "consolidated"])
+@pytest.mark.parametrize("after", [4, 1])
+def test_fsdp2_goes_on_with_another_number_of_processes(lab, tmp_path, kind, after):
+    """Biases of two numbers on four processes: some hold nothing. Consolidated, its folder is one like any other's."""
+    whole = lab.run(tmp_path / "whole", model=lab.FakeModel(**QUIET))
+    given = {"checkpoint_format": kind, "keep_last": 0}
+
+    def first(rank):
+        lab.run(tmp_path / "cut", model=lab.FakeModel(**QUIET), strategy=FSDP2(), checkpoint_async=True, **given)
+
+    def then(rank):
+        given_strategy = FSDP2() if after > 1 else None
+        lab.run(tmp_path / "cut", model=lab.FakeModel(**QUIET), resume=True, strategy=given_strategy, **given)
+
+    last = tmp_path / "cut" / "checkpoints" / "iter_000012"
+    assert lab.ended(lab.members(first, 2)) == [0] * 2
+    before = load_file(last / "model.safetensors"), load_file(last / "optimizer.safetensors")
+    (last / "state.json").unlink()
+    assert lab.ended(lab.members(then, after)) == [0] * after
+    again = load_file(last / "model.safetensors"), load_file(last / "optimizer.safetensors")
+    own = load_file(whole.last / "model.safetensors"), load_file(whole.last / "optimizer.safetensors")
+    for found in (before, again):
+        for ours, theirs in zip(found, own):
+            assert ours.keys() == theirs.keys()
+            for name, value in ours.items():
+                torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)

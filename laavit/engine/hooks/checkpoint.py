@@ -115,6 +115,6 @@ class CheckpointHook(Hook):
         name, _ = best_rule(self.settings.keep_best)
         logged = getattr(runner, "figures", {})
         if logged.get(name) is None:
-            logger.warning("train.keep_best: no figure '%s' has been logged yet; %s", name, nearest(name, list(logged)))
+            logger.warning("train.keep_best: no '%s' in the last logged figures; %s", name, nearest(name, list(logged)))
             return {}
         return {name: float(logged[name])}
