@@ -152,6 +152,7 @@ SWEEP = shlex.split(
 BENCH = {
     "attention.py": "--tokens 64 --repeats 1",
     "checkpoint.py": "--megabytes 4 --rows 4 --checkpoints 1 --repeats 1",
+    "batches.py": "--steps 2 --images 200",
     "evaluation.py": "--quick",
     "extract.py": "--quick",
     "reader.py": "--records 300",
