@@ -88,6 +88,10 @@ def of_traces(words: list[str]) -> list[str]:
         given = get_args_parser().parse_args(words[1:])
         assert given.module and given.training_script == "laavit.cli"
         words = ["laavit", *given.training_script_args]
+        if words[1] == "train":  # tests/engine runs several; here one holds all shares, and of several machines
+            machines = given.nnodes not in ("1", "1:1")  # the options are read. In a process of its own: tests that
+            words += ["--print-config"] if machines else []  # fork do not get on with one that has joined a group.
+            return [sys.executable, "-m", "laavit.cli", *words[1:]]
     if "ray" in words:  # tests/teachers/test_engine.py runs a local Ray; here the options are read
         words = [*words, "--print-config"]
     if "--recipe" in words:
@@ -126,7 +130,7 @@ def stand_in(words: list[str]) -> list[str]:
         chosen = [] if "table_a2" in line else ["--only", "naive_sft"]
         return [*words, *SWEEP, *chosen, *(["--dry-run"] if "torchrun" in words else [])]
     bench = "tools/bench/" in line
-    if not bench and ("train.py" in line or "extract.py" in line or " plan " in line):
+    if not bench and ("train.py" in line or "extract.py" in line or " plan " in line or " train " in line):
         words += SMALL
     if " microlab " in line:
         words += ["--train", "2", "--val", "1", "--test", "1"]
