@@ -11,7 +11,7 @@ from collections import namedtuple
 import pytest
 import torch
 from mmengine.hooks import Hook
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from laavit.engine import TrainingStopped, latest_checkpoint, saving
 from laavit.engine.checkpoint import best_checkpoint, read_state
@@ -72,6 +72,26 @@ def test_written_in_the_background_a_checkpoint_has_the_same_bits(lab, tmp_path,
             other = tmp_path / "late" / "checkpoints" / file.relative_to(folder.parent)
             ours, theirs = load_file(file), load_file(other)
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_only_what_learns_is_copied(lab, tmp_path, monkeypatch):
+    copied, real = set(), saving.Copies.of
+
+    def told(self, tensors):
+        copied.update(tensors)
+        return real(self, tensors)
+
+    monkeypatch.setattr(saving.Copies, "of", told)
+    model = lab.FakeModel()
+    model.student.twin = model.student.first  # tied
+    model.save_checkpoint = lambda folder, state: save_file(
+        {name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors"
+    )
+    lab.run(tmp_path, model=model, checkpoint_async=True, steps=1)
+    weights = {f"student.{layer}.{kind}" for layer in ("first", "second", "twin") for kind in ("weight", "bias")}
+    assert {name for name in copied if "/" not in name} == weights
+    found = load_file(tmp_path / "checkpoints" / "iter_000001" / "model.safetensors")
+    assert torch.equal(found["student.twin.weight"], model.student.first.weight)
 
 
 def test_steps_do_not_wait_for_a_write_in_the_background_and_the_end_does(lab, tmp_path):
@@ -146,6 +166,8 @@ def test_two_processes_try_again_and_stop_together(lab, tmp_path, monkeypatch):
 
 class Figure(Hook):
     """Gives the runner the figures of the step, by a list of values for ``probe/in_box``."""
+
+    priority = "LOW"  # after the log's, before the checkpoint's
 
     def __init__(self, values):
         self.values = values

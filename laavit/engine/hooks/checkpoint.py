@@ -90,8 +90,9 @@ class CheckpointHook(Hook):
             return Snapshot(Progress(done, {}, random, state), shards=self._copied(shards))
         progress = Progress(done, self._copied(whole(optimizer, keep=rank == 0)), random, state)
         weights: dict[str, Tensor] | None = self.strategy.full_state(self.model)
-        if self.copies is not None:
-            weights = self._copied(weights or self.model.state_dict()) if rank == 0 else {}
+        if self.copies is not None and rank == 0:
+            weights = weights or self.model.state_dict()
+            weights |= self._copied({name: weights[name] for name in self._changing() & weights.keys()})
         return Snapshot(progress, weights)
 
     def close(self, runner: Any) -> None:
@@ -103,8 +104,14 @@ class CheckpointHook(Hook):
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors if self.copies is None else self.copies.of(tensors)
 
+    def _changing(self) -> set[str]:
+        """Names of what training changes of the model, tied ones under each of their names; no other is copied."""
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        return {name for name, parameter in parameters if parameter.requires_grad} | {name for name, _ in buffers}
+
     def _learned(self) -> dict[str, Tensor]:
-        """What training changes of the model: trainable parameters, and buffers that are kept."""
+        """What training changes of the model, tied parameters once; buffers, if they are kept at all, among it."""
         names = {name for name, _ in self.named} | {name for name, _ in self.model.named_buffers()}
         return {name: tensor for name, tensor in self.model.state_dict().items() if name in names}
 
