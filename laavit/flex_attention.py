@@ -92,15 +92,15 @@ class Layout:
     shape: tuple[int, int, int]
 
     @classmethod
-    def of(cls, context: AttentionContext | None) -> Layout | None:
-        """Of a pass that goes on after others (laavit/segments.py), or of a packed row (laavit/packing.py)."""
+    def of(cls, context: AttentionContext | None, row: bool) -> Layout | None:
+        """Of a pass that goes on after others (laavit/segments.py), or of a packed row as it is (laavit/packing.py)."""
         if context is not None and context.segment is not None:
             queries, keys = context.segment.columns, context.segment.keys
             if not context.goes_on:
                 return None
             shape = len(queries), queries.shape[1], keys.shape[1]
             return cls(lambda row, index: (row, queries[row, index]), lambda row, index: (row, keys[row, index]), shape)
-        if context is not None and context.packing is not None:
+        if row and context is not None and context.packing is not None:
             owners, columns = context.packing.owners, context.packing.columns
 
             def place(row: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,10 +151,12 @@ def laavit_flex_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface on FlexAttention, with a gate and recorded rows.
 
-    A packed row is one block mask; but where keys are put aside sample by sample, it is laid out for that.
+    A packed row is one block mask; but where keys are put aside sample by sample, or samples have masks of their own,
+    it is laid out for that.
 
     Args:
-        query: [B, H, S, D]. key, value: [B, H / G, S, D]. attention_mask: a block mask, or None (causal).
+        query: [B, H, S, D]. key, value: [B, H / G, S, D]. attention_mask: a block mask, or None (causal); of a packed
+            row ``laavit.packing.no_mask``, or that of its samples.
         kwargs: ``dropout``, ``scaling``, ``laavit`` (the context of this forward pass; None is plain attention), and
             what transformers gives beside.
 
@@ -163,7 +165,8 @@ def laavit_flex_attention(
         ValueError: see ``laavit.attention.record_rows``.
     """
     context: AttentionContext | None = kwargs.get("laavit")
-    attend = attended if context is None or context.segment is None else per_sample(attended)
+    row = context is not None and context.packing is not None and context.segment is None
+    attend = attended if row and isinstance(attention_mask, Tensor) else per_sample(attended)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -172,13 +175,13 @@ def attended(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: BlockMask | None,
+    attention_mask: BlockMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     laavit: AttentionContext | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """See ``laavit_flex_attention``."""
+    """See ``laavit_flex_attention``; a tensor is the mask of a packed row that is read as it is."""
     asked = {"attention dropout": dropout > 0.0, "a soft cap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     refused = [name for name, given in asked.items() if given is not None and given is not False]
     if refused:
@@ -187,12 +190,13 @@ def attended(
         raise UserError(f"attention: FlexAttention has no gradients on the CPU; take 'laavit' in place of '{FLEX}'")
     if laavit is not None and laavit.segment is not None:
         key, value = laavit.segment.joined(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-    layout, mask = Layout.of(laavit), attention_mask
-    if layout is not None or mask is None:
+    row = isinstance(attention_mask, Tensor)
+    layout, mask = Layout.of(laavit, row), attention_mask
+    if layout is not None or not isinstance(mask, BlockMask):
         mask = blocks_of(laavit, layout, query, key, kwargs.get("sliding_window"))  # type: ignore[arg-type]
     score_mod = None
     if laavit is not None:
-        layer = _recorded(module, query, key, mask, scaling, laavit)
+        layer = _recorded(module, query, key, None if row else mask, scaling, laavit)
         score_mod = gate_score(laavit.paths_at(layer), torch.promote_types(query.dtype, torch.float32))
         if score_mod is not None and layout is not None:
             score_mod = layout.score(score_mod)
@@ -205,11 +209,16 @@ def attended(
 
 
 def _recorded(
-    module: nn.Module, query: Tensor, key: Tensor, mask: BlockMask, scaling: float | None, context: AttentionContext
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: BlockMask | None,
+    scaling: float | None,
+    context: AttentionContext,
 ) -> int:
-    """Record what a context asks of a layer, of a packed row sample by sample; returns the layer's index."""
+    """Record what a context asks of a layer, of a packed row (no mask) sample by sample; returns the layer's index."""
     layer, packing = int(module.layer_idx), context.packing  # type: ignore[arg-type]
-    if packing is None or context.segment is not None:
+    if packing is None or mask is not None:
         return record_rows(module, query, key, mask, scaling, context)
     if not context.wants(layer):
         return layer
