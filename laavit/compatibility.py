@@ -183,6 +183,16 @@ def attention_keeps_keys(parts: Parts) -> None:
             raise UserError(f"student.{error}") from None
 
 
+def processes_read_alike(parts: Parts) -> None:
+    """Processes that hold shares of the weights gather them together, pass by pass."""
+    sharded = parts.recipe.has("strategy") and parts.recipe.config["strategy"]["type"] == "FSDP2"
+    if sharded and parts.layout.feedback and parts.layout.varies:
+        raise UserError(
+            "latents.count: fed-back latents are read one pass each, and with strategy 'fsdp2' every process must read "
+            "as many; give one number, or take strategy 'ddp'"
+        )
+
+
 def latents_are_there(parts: Parts) -> None:
     """What reads or gates latents has some."""
     if parts.layout.most:
@@ -362,6 +372,7 @@ RULES: tuple[Callable[[Parts], None], ...] = (
     halves_are_cast,
     flex_has_a_gpu,
     attention_keeps_keys,
+    processes_read_alike,
     latents_are_there,
     gate_fits,
     question_sees_the_image,

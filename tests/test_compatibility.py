@@ -456,3 +456,11 @@ def test_a_budget_of_tokens_leaves_the_number_of_samples_open(tiny_folder: Path)
     said = refusal(tiny_folder, targets=targets, train={"tokens": 4096})
     assert said == "targets.t: it compares a micro-batch's samples; train.tokens leaves open how many"
     check(recipe(tiny_folder, targets=targets))
+
+
+def test_processes_that_share_weights_read_as_many_passes(tiny_folder: Path) -> None:
+    varying: dict[str, Any] = {"latents": {"name": "feedback", "count": (2, 4)}}
+    said = refusal(tiny_folder, strategy="fsdp2", **varying)
+    assert said.startswith("latents.count: fed-back latents are read one pass each, and with strategy 'fsdp2'")
+    check(recipe(tiny_folder, strategy="ddp", **varying))
+    check(recipe(tiny_folder, strategy="fsdp2", latents="feedback"))

@@ -266,9 +266,11 @@ def digest_of(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def shared_prefix(items: Sequence[Encoded], image_token: int) -> SharedPrefix | None:
-    """Which samples begin with the same images and tokens, up to the last image's end; None where no two do.
+    """Which samples begin with the same images and tokens, up to the last image's end; it may be that no two do.
 
-    Nor where a sample's question stands before an image, or a sample has none.
+    None where a sample's question stands before an image, or a sample has none. Where no two samples begin alike they
+    are read in two passes all the same: processes that hold shares of the weights (fsdp2) gather them together, and
+    one of fewer passes would leave the others waiting.
 
     Args:
         items: encoded samples. image_token: the id that stands where an image does, separators included.
@@ -288,8 +290,6 @@ def shared_prefix(items: Sequence[Encoded], image_token: int) -> SharedPrefix | 
             first.append(place)
             stops.append(stop)
         owners.append(known[key])
-    if len(first) == len(items):
-        return None
     return SharedPrefix(torch.tensor(owners), torch.tensor(first), torch.tensor(stops))
 
 
