@@ -12,6 +12,7 @@ from processes import launch
 from laavit.backbones.rows import image_rows
 from laavit.cli import run as cli
 from laavit.engine.probe import IN_BOX, InBoxShare, Probe, in_box_share
+from laavit.gates import ConstantGate
 from laavit.registry import UserError
 from laavit.targets import ConceptTarget, TrajectoryTarget
 from laavit.targets.base import stack
@@ -32,16 +33,18 @@ def watched(lab, model, samples):
 
 
 def test_figures_are_those_of_eval_mode_over_all_samples_however_batched(lab, samples):
-    model = lab.model()
+    model = lab.model(gate=ConstantGate(1e-6))  # closed while it trains, open where it is looked at
     sums = watched(lab, model, samples).look(model, model, torch.device("cpu"), "fp32")
     found = {name: float(total / count) for name, (total, count) in sums.items()}
     assert set(found) == {"ntp", "concept", "trajectory", IN_BOX} and set(model.targets) == {"concept", "trajectory"}
+    assert model.training
     model.eval()
     with torch.no_grad():
         whole = model(lab.batch(model, samples), mode="loss")
     for name in ("ntp", "concept", "trajectory"):
         assert found[name] == pytest.approx(float(whole[name]), rel=1e-9)
     assert int(sums[IN_BOX][1]) == 3
+    assert found["ntp"] != pytest.approx(float(model.train()(lab.batch(model, samples))["ntp"]))
 
 
 @pytest.mark.parametrize(("count", "world", "least"), [(5, 2, 1), (3, 4, 1), (7, 2, 2), (4, 1, 2), (5, 1, 2)])

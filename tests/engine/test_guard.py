@@ -125,11 +125,26 @@ def test_a_kept_batch_is_no_pickle_and_replays_to_what_was_not_finite(lab, tmp_p
     assert torch.equal(model.student.first.weight, weights["student.first.weight"])
     assert "iter_000004" in caplog.text and "gradients that are not: student.first.weight" in caplog.text
     assert "all finite with these weights" in caplog.text
-    # the same dropout as in the step: what is replayed twice is equal, and not what another generator gives
-    again = replay(lab.FakeModel(python_noise=False), folder, lab.settings(), torch.device("cpu"))[1]
-    assert again["figures"] == second["figures"]
     with pytest.raises(UserError, match="holds no kept batch"):
         read_bad_batches(tmp_path)
+
+
+def test_a_replay_has_the_dropout_of_the_step(lab, tmp_path):
+    seen = []
+
+    class Seen(lab.FakeModel):
+        def forward(self, batch, mode="loss"):
+            out = super().forward(batch, mode)
+            seen.append(float(out["ntp"].detach()))
+            return out
+
+    poison, given = poison_of(5), {"accumulate": 2, "checkpoint_every": 5}
+    with pytest.raises(TrainingStopped):
+        lab.run(tmp_path, model=Seen(python_noise=False), data=lab.FakeData(poison=poison), **given)
+    torch.manual_seed(99)
+    folder = tmp_path / "bad_batches" / "step_000005"
+    found = replay(lab.FakeModel(python_noise=False), folder, lab.settings(), torch.device("cpu"))
+    assert found[1]["figures"]["ntp"] == seen[-1]  # its weights are those of the checkpoint
 
 
 def test_a_module_whose_output_is_not_finite_is_named(lab, tmp_path):
