@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import resource
 import shutil
 import threading
 import time
@@ -162,6 +163,23 @@ def test_two_processes_try_again_and_stop_together(lab, tmp_path, monkeypatch):
 
     assert lab.ended(lab.members(work, 2)) == [0, 0]
     assert names(tmp_path) == ["iter_000004"]
+
+
+def test_shards_that_the_system_refuses_are_told(lab, tmp_path):
+    """The kernel itself cuts the write short (RLIMIT_FSIZE), inside PyTorch's writer, whose errors are no OSErrors."""
+    told, model = tmp_path / "told.txt", lab.FakeModel()
+    model.student.large = torch.nn.Linear(64, 256)
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        try:
+            lab.run(tmp_path / "run", model=model, checkpoint_format="sharded", checkpoint_async=True)
+        except TrainingStopped as error:
+            told.write_text(str(error))
+
+    assert lab.ended([lab.child(work)]) == [0]
+    assert "step 4 could not" in told.read_text() and "File too large" in told.read_text()
+    assert names(tmp_path / "run") == []
 
 
 class Figure(Hook):
