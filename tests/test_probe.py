@@ -3,14 +3,17 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from processes import launch
 
+from laavit.backbones import collate
 from laavit.backbones.rows import image_rows
 from laavit.cli import run as cli
+from laavit.engine.bad_batch import BadBatch, read_bad_batches, write_bad_batch
 from laavit.engine.probe import IN_BOX, InBoxShare, Probe, in_box_share
 from laavit.gates import ConstantGate
 from laavit.registry import UserError
@@ -89,8 +92,6 @@ def test_the_share_in_boxes_is_worked_out_by_hand(lab, samples):
 
 
 def test_a_sample_without_boxes_counts_for_nothing(lab, samples):
-    from dataclasses import replace
-
     model = lab.model({}, student=lab.student())
     share = InBoxShare(("latents",), None, model.student.backbone.depth)
     plain = replace(samples[0], boxes=())
@@ -225,3 +226,19 @@ def test_a_kept_batch_of_a_real_model_is_replayed_by_the_command(project, tmp_pa
     assert "all finite with these weights" in line
     shutil.rmtree(folder)
     assert cli("train", [str(project), "--replay", str(folder)]) == 2
+
+
+@pytest.mark.parametrize(("share", "packed"), [(True, False), (False, True)])
+def test_a_kept_batch_comes_back_with_all_of_its_parts(lab, samples, tmp_path, share, packed):
+    model = lab.model()
+    items = lab.encode(model, [*samples, replace(samples[0], id="again")])
+    backbone = model.student.backbone
+    batch = collate(items, backbone.family, backbone.tokenizer.pad_token_id, share, packed)
+    batch.targets = lab.batch(model, samples, items=items).targets
+    kept = BadBatch({"step": 0}, [{"batch": batch}], {"torch": torch.get_rng_state()})
+    write_bad_batch(tmp_path, 0, kept)
+    back = read_bad_batches(tmp_path)[0].batches[0]["batch"]
+    assert type(back) is type(batch) and back.samples == batch.samples and back.spans == batch.spans
+    assert type(back.shared) is type(batch.shared) and type(back.packing) is type(batch.packing)
+    for name, value in model(batch).items():
+        assert torch.equal(model(back)[name], value), name
