@@ -46,6 +46,7 @@ def test_wrong_flags_exit_2() -> None:
     assert bench("--ways", "lavit", script="training.py").returncode == 2
     assert bench("--batch", "0", script="evaluation.py").returncode == 2
     assert bench("--megabytes", "3", script="checkpoint.py").returncode == 2
+    assert bench("--ways", "padded", script="train.py").returncode == 2
 
 
 def test_a_small_extraction_is_compared_with_the_straightforward_one(tmp_path: Path) -> None:
@@ -131,6 +132,41 @@ def test_the_table_of_training_says_whether_the_bound_is_met(monkeypatch: pytest
     row = {"family": "f", "way": "lavit", "seconds": 1.0, "bytes": 2**20, "time_ratio": 1.1, "memory_ratio": 1.0}
     assert "| f | lavit | 1000 ms | 1 MiB | 1.10 | 1.00 | ≤ 1.10, ≤ 1.10: met |" in module.table([row])
     assert "missed" in module.table([row | {"memory_ratio": 1.11}])
+
+
+def test_every_way_to_train_a_step_gives_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The authors' loop on eager maps, padded batches, and shared, packed ones; without alignment it is less."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
+    module = importlib.import_module("train")
+    options = SimpleNamespace(device="cpu", tokens=[16, 36, 4], layers=2)
+    first = {way: module.make_step(way, options)() for way in module.WAYS}
+    plain = first.pop("best, no alignment")
+    assert plain < first["best"] - 0.3
+    for loss in first.values():
+        assert loss == pytest.approx(first["best"], rel=1e-5)
+
+
+def test_the_table_of_samples_a_second_says_what_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
+    module = importlib.import_module("train")
+    row = {"samples_a_second": 2.0, "bytes": 2**20, "memory_ratio": 1.0}
+    authors, padded = (row | {"way": way, "time_ratio": 3.0} for way in ("authors", "padded"))
+    found = module.table([authors, padded, row | {"way": "best, no alignment", "time_ratio": 0.95}])
+    assert "| authors | 2.00 | 3.00 × | 1 MiB | 1.00 | ≥ 4: missed |" in found
+    assert "≥ 1.5: met" in found and "alignment on / off 1.05, ≤ 1.10: met" in found
+    monkeypatch.setattr(module, "GROWTH", (64, 128, 512))
+    assert "met" in module.growth_table("cpu")[0]
+    monkeypatch.setattr(
+        module, "alignment_work", lambda tokens, device: {"tokens": tokens, "flops": tokens**1.5, "bytes": tokens}
+    )
+    assert "1.50, ≤ 1.1: missed" in module.growth_table("cpu")[0]
+    losses = {"authors": 1.0, "best": 1.001}
+    figures = {"seconds": 2.0, "time_ratio": 1.0, "bytes": 1, "memory_ratio": 1.0}
+    monkeypatch.setattr(
+        module, "compared", lambda ways, *more: {way: figures | {"figure": losses[way]} for way in ways}
+    )
+    with pytest.raises(RuntimeError, match="not the same work"):
+        module.compare(SimpleNamespace(ways=list(losses), tokens=[4], repeats=1))
 
 
 def test_the_bridge_and_one_by_one_answer_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,22 +37,24 @@ VOCABULARY, WIDTH, IMAGE_TOKEN = 1024, 256, 10
 # --- one way, in a process of its own --------------------------------------------------------------------------------
 
 
-def build(family: str, attention: str) -> Any:
-    """A random model of a family: 8 layers, width 256, four heads over two key heads, and next to no tower."""
+def build(
+    family: str, attention: str, vocabulary: int = VOCABULARY, layers: int = 8, tower: dict[str, Any] | None = None
+) -> Any:
+    """A random model of a family: width 256, four heads over two key heads, next to no tower unless one is given."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     import laavit.attention  # noqa: F401 - registers the implementation
 
     text: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": 8,
+        "vocab_size": vocabulary, "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
     }  # fmt: skip
     vision: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32}
     if family == "qwen2_5_vl":
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]}
-        vision |= {"depth": 1, "num_heads": 2, "out_hidden_size": WIDTH}
+        vision |= {"depth": 1, "num_heads": 2, "out_hidden_size": WIDTH, **(tower or {})}
         named = {"image_token_id": IMAGE_TOKEN}
     else:
         vision |= {"model_type": "siglip_vision_model", "num_hidden_layers": 1, "num_attention_heads": 2}
