@@ -171,8 +171,9 @@ def shape_copy(model: nn.Module, mode: FakeTensorMode) -> Any:
             # what fully_shard keeps in a module, and the methods that it wraps
             if not name.startswith("__composable_api") and not (callable(value) and hasattr(kind, name))
         }
-        if "gradient_checkpointing" in state:
-            state["gradient_checkpointing"] = False
+        for switch in ("gradient_checkpointing", "_output_capturing_hooks_installed"):  # the latter's hooks are gone
+            if switch in state:
+                state[switch] = False
         backbone = state.get("backbone")
         if backbone is not None:
             memo[id(backbone.processor)] = backbone.processor  # large, and only asked

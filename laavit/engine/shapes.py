@@ -19,14 +19,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from laavit.backbones.base import Backbone, dtype_of
 from laavit.backbones.configs import published, published_names
+from laavit.backbones.families import family_class
+from laavit.engine.flops import flop_counter
 from laavit.model import LaViT
 from laavit.recipe import zoo_path
 from laavit.registry import UserError, nearest
 from laavit.students.freezing import parameters_of
 
+#: model types whose image is one grid, its size chosen by area
+BY_AREA = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 #: parts of a student that are counted apart; what stands between tower and decoder counts with the tower that holds it
 PARTS = ("vision", "projector", "embeddings", "head", "decoder")
 
@@ -37,8 +42,10 @@ class Blueprint:
 
     Args:
         config: its configuration. source: where that is from.
-        tokens: size of its tokenizer (the embedding may have more rows). max_pixels: its processor's own bound.
-        processor: the real processor, where the folder holds one.
+        tokens: size of its tokenizer (the embedding may have more rows). max_pixels: its processor's own bound, where
+            it scales images by their area.
+        processor: the real processor, where the folder holds one. model: the model as shapes, where it was put
+            together of parts.
     """
 
     config: PreTrainedConfig
@@ -46,33 +53,50 @@ class Blueprint:
     tokens: int
     max_pixels: int
     processor: Any = None
+    model: nn.Module | None = None
+
+    @property
+    def by_area(self) -> bool:
+        """Whether its images are one grid each whose size is chosen by area, so that no processor is needed."""
+        return self.config.model_type in BY_AREA
 
 
 def blueprint(path: str) -> Blueprint:
-    """The blueprint of a hub name with a kept configuration, or of a local folder.
+    """The blueprint of a hub name with a kept configuration, of a local folder, or of what the hub's cache holds.
 
     Raises:
-        UserError: it is neither, or the folder's configuration cannot be read.
+        UserError: it is none of these, laavit does not know the family, or images are cut up as a processor says that
+            is not there.
     """
-    known, place = published(path), Path(zoo_path(path))
+    known, place = published(path), zoo_path(path)
     if known is not None:
         config, data = known
         return Blueprint(config, data["source"], data["tokens"], data["max_pixels"])
-    if not (place / "config.json").is_file():
-        raise UserError(
-            f"'{path}' is no local folder with a config.json, and its configuration is not kept here; "
-            f"{nearest(path, published_names())}"
-        )
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        raise UserError(f"the folder '{path}' holds no config.json")
     try:
         config = AutoConfig.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"the configuration in '{path}' cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"'{path}' is no local folder with a config.json that reads ({str(error).splitlines()[0]}), it was not "
+            f"fetched before, and its configuration is not kept here; {nearest(path, published_names())}"
+        ) from None
+    family_class(config.model_type)
+    if getattr(config.get_text_config(), "num_experts", 0):
+        raise UserError(
+            f"'{path}' is a mixture of experts, and which of them a token meets is known only when it runs: no plan"
+        )
     try:
         processor = AutoProcessor.from_pretrained(place, local_files_only=True)
-        pixels = int(processor.image_processor.size["longest_edge"])
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # a folder with a configuration alone
-        return Blueprint(config, str(place), config.get_text_config().vocab_size, 1_003_520)
-    return Blueprint(config, str(place), len(processor.tokenizer), pixels, processor)
+    except (OSError, ValueError):  # a folder with a configuration alone
+        if config.model_type not in BY_AREA:
+            raise UserError(
+                f"how a '{config.model_type}' cuts images up depends on its processor, and '{path}' has only a "
+                "configuration: put the processor's and the tokenizer's files beside it"
+            ) from None
+        return Blueprint(config, place, config.get_text_config().vocab_size, 1_003_520)
+    pixels = processor.image_processor.size["longest_edge"] if config.model_type in BY_AREA else 0
+    return Blueprint(config, place, len(processor.tokenizer), int(pixels), processor)
 
 
 class CountedTokenizer:
@@ -122,12 +146,15 @@ def fake_mode() -> FakeTensorMode:
 
 def shaped_backbone(plan: Blueprint, dtype: str, attention: str, mode: FakeTensorMode, new_tokens: int = 0) -> Backbone:
     """The blueprint's model out of fake tensors, with room in its embedding for ``new_tokens`` more tokens."""
-    config = copy.deepcopy(plan.config)
-    with mode, torch.random.fork_rng():
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=dtype_of(dtype), attn_implementation={"text_config": attention, "vision_config": "sdpa"}
-        )
-        model.tie_weights()
+    with mode, no_init_weights():
+        model: Any = plan.model
+        if model is None:
+            model = AutoModelForImageTextToText.from_config(
+                copy.deepcopy(plan.config),
+                dtype=dtype_of(dtype),
+                attn_implementation={"text_config": attention, "vision_config": "sdpa"},
+            )
+            model.tie_weights()
         if plan.tokens + new_tokens > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(plan.tokens + new_tokens, mean_resizing=False)
     return Backbone(model, plan.processor or CountedProcessor(CountedTokenizer(plan.tokens)))
@@ -164,18 +191,19 @@ def bytes_of(tensors: Any) -> int:
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes alive after every operation inside it; what existed before is not counted.
+    """Counts the bytes alive after every operation inside it, and its FLOPs; what existed before is not counted.
 
     Boolean indexing, whose result's shape depends on the mask's values, is done by counting the real mask.
 
     Attributes:
         live: bytes alive now. peak: their highest so far. apart: bytes of gradients (``watch``), part of ``live``.
-        peak_apart: the highest of ``live`` less the gradients.
+        peak_apart: the highest of ``live`` less the gradients. flops: by PyTorch's own formulas.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.apart = self.peak_apart = 0
+        self.live = self.peak = self.apart = self.peak_apart = self.flops = 0
+        self._formulas = flop_counter().flop_registry
         self._seen: set[int] = set()
 
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -198,6 +226,9 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], _counted(args[0], args[1]), *args[2:])
         result = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())

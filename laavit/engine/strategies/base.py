@@ -83,6 +83,9 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
             # transformers is renaming the method: take the new name where it is there
             enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+            # It makes the input embeddings, a tower's among them, require gradients, as re-entrant checkpointing alone
+            # needs it: a frozen tower would be run through again, and all the way back, for nothing.
+            module.disable_input_require_grads()
             done.append(name)
     if not done:
         raise UserError("train.gradient_checkpointing: no part of the model supports it; set it to False")

@@ -1,0 +1,144 @@
+"""Ways to run a recipe: shares, FLOPs, time, what fits, which lever frees how much, what stays on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from planned import LOAD, memory_of, recipe_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from laavit.backbones import collate
+from laavit.engine import plan as planning
+from laavit.engine.flops import flop_counter
+from laavit.engine.planning.machines import machine
+from laavit.engine.planning.passes import about_images, prepared_targets
+from laavit.engine.planning.spread import blocks_and_rest, share
+from laavit.engine.strategies import enable_gradient_checkpointing, shard
+from laavit.model import build_model
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[[int], None]]:
+    """Lets this process take itself for the first of so many."""
+    yield lambda count: dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    dist.destroy_process_group()
+
+
+def test_shares_are_those_of_fully_shard(tiny_folder: Path, processes: Callable[[int], None]) -> None:
+    """What every process stores, the padding of the last shares included; and what is gathered together."""
+    processes(3)
+    model = build_model(recipe_of(tiny_folder), {"width": 32, "depth": 3})
+    planned = {name: share(p, 3) for name, p in model.named_parameters()}
+    blocks, rest = blocks_and_rest(model)
+    counts = [sum(p.numel() for p in block) for block in blocks], sum(p.numel() for p in rest)
+    assert len(blocks) == 2 + 3 and sum(counts[0]) + counts[1] == sum(p.numel() for p in model.parameters())
+    shard(model, init_device_mesh("cpu", (3,)))
+    groups = [
+        module._get_fsdp_state()._fsdp_param_group for module in model.modules() if isinstance(module, FSDPModule)
+    ]
+    stored = {p._module_info.param_name for group in groups for p in group.fsdp_params}
+    assert {name.rpartition(".")[2] for name in planned} >= stored
+    padded = sum(p._sharded_param_data.numel() * 4 for group in groups for p in group.fsdp_params)
+    assert padded == sum(planned.values()) > sum(p.numel() * 4 for p in model.parameters()) / 3
+
+
+def test_ways_share_what_they_say(tiny_folder: Path) -> None:
+    recipe = recipe_of(tiny_folder, train={"steps": 10, "batch_size": 8, "accumulate": 2})
+    found = planning.make_plan(recipe, replace(LOAD, gpus=4))
+    ddp, fsdp2, offload = (memory_of(found, way) for way in ("ddp", "fsdp2", "fsdp2 + checkpointing + offload"))
+    for part in ("weights", "gradients", "optimizer"):
+        assert ddp[part] / 4 <= fsdp2[part] < 1.1 * ddp[part] / 4 and offload[part] == 0
+    assert offload["host"] == sum(fsdp2[part] for part in ("weights", "gradients", "optimizer"))
+    learned = found["trainable_bytes"]
+    assert fsdp2["exchanged"] > learned  # whole gradients between micro-batches
+    assert fsdp2["peak"] == sum(fsdp2[part] for part in fsdp2 if part not in ("peak", "host"))
+    train, strategy = {"steps": 10, "batch_size": 8, "accumulate": 2}, {"name": "fsdp2", "reduce_every": True}
+    eager = planning.make_plan(recipe_of(tiny_folder, train=train, strategy=strategy), replace(LOAD, gpus=4))
+    assert eager["ways"][eager["own"]]["name"] == "fsdp2" and len(eager["ways"]) == len(found["ways"])
+    assert memory_of(eager, "fsdp2")["exchanged"] == fsdp2["exchanged"] - learned
+    assert [row["name"] for row in planning.make_plan(recipe, LOAD)["ways"]] == [
+        "single",
+        "single + checkpointing",
+        "fsdp2 + checkpointing + offload",
+    ]
+
+
+def test_flops_are_those_of_a_real_step(tiny_folder: Path) -> None:
+    """PyTorch's counter over a real forward and backward, images included; checkpointing computes again."""
+    recipe = recipe_of(tiny_folder)
+    found = planning.make_plan(recipe, LOAD)
+    plain, again = found["ways"][0]["flops"], found["ways"][1]["flops"]
+    shaped = planning.shape_models(recipe)
+    model = build_model(recipe, {"width": 32, "depth": 3}).train()
+    item = shaped.example("student", LOAD)
+    item = replace(item, vision={**item.vision, "pixel_values": torch.randn(item.vision["pixel_values"].shape)})
+    for flops, checkpointing in ((plain, False), (again, True)):
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+        batch = collate(about_images(item, 4, 1), model.student.backbone.family, 0)
+        batch.targets = prepared_targets(shaped, item, 4, LOAD)
+        with flop_counter() as counter:
+            losses = model(batch)
+            forward = counter.get_total_flops()
+            losses["loss"].backward()
+        assert flops["forward"] == forward
+        assert flops["backward"] + flops["recompute"] == counter.get_total_flops() - forward
+    assert plain["recompute"] == 0 < again["recompute"] < again["forward"]
+
+
+def test_time_fit_and_proposal(tiny_folder: Path) -> None:
+    recipe = recipe_of(tiny_folder)
+    found = planning.make_plan(recipe, replace(LOAD, gpus=2))
+    peaks = [row["memory"]["peak"] for row in found["ways"]]
+    gpu = machine("H100")
+    timed = planning.timed(found, gpu, 0.5, memory=2 * max(peaks))
+    assert timed["proposed"]["name"] == "ddp" and all(row["fits"] for row in timed["ways"])
+    row = timed["ways"][1]
+    arithmetic = sum(row["flops"].values()) / (989.5e12 * 0.5)
+    assert row["step_seconds"] == pytest.approx(arithmetic + found["total"]["trainable"] * 28 / 3.35e12)
+    assert row["hours"] == pytest.approx(10 * row["step_seconds"] / 3600) and row["mfu"] < 0.5
+    assert timed["ways"][-1]["step_seconds"] is None  # the way to the host decides
+    tight = planning.timed(found, gpu, 0.5, memory=peaks[0] * 1.05)
+    assert (
+        tight["ways"][0]["fits"] and tight["proposed"]["name"] != "ddp" and "too tight: ddp" in tight["proposed"]["why"]
+    )
+    none = planning.timed(found, None, 0.5, memory=min(peaks) / 2)
+    assert none["proposed"]["name"] is None and not any(row["fits"] for row in none["ways"])
+
+
+def test_levers_free_what_they_say(tiny_folder: Path) -> None:
+    """Each against the plan of the recipe that follows it; the tower, of which a tiny model is most, is left out."""
+    train, cached = {"steps": 10, "batch_size": 8, "grouped": True}, {"vision_cache": "features"}
+    recipe = recipe_of(tiny_folder, train=train, traces=cached)
+    load = replace(LOAD, gpus=2, questions=3)
+    own = planning.make_plan(recipe, load)
+    freed = dict(planning.levers(own))
+    assert list(freed.values()) == sorted(freed.values(), reverse=True)
+    peak = memory_of(own, "ddp")["peak"]
+
+    def after(**changes: Any) -> int:
+        other = planning.make_plan(recipe_of(tiny_folder, train={**train, **changes}, traces=cached), load)
+        return peak - other["ways"][other["own"]]["memory"]["peak"]
+
+    assert freed["train.gradient_checkpointing=True"] == after(gradient_checkpointing=True)
+    assert freed["strategy=fsdp2"] == peak - memory_of(own, "fsdp2")["peak"]
+    shared = freed["train.shared_prefix=True with train.grouped=True"]
+    assert shared == pytest.approx(after(shared_prefix=True), rel=0.3) and shared > 0
+    assert freed["train.accumulate=2"] == pytest.approx(after(accumulate=2), rel=0.3)
+
+
+def test_storage_of_a_run(tiny_folder: Path) -> None:
+    train = {"steps": 1000, "batch_size": 4, "checkpoint_every": 100, "keep_last": 3}
+    run = planning.make_plan(recipe_of(tiny_folder, train=train), LOAD)
+    weights, learned = memory_of(run)["weights"], run["trainable_bytes"]
+    assert run["run"]["checkpoint"] == weights + 2 * learned and run["run"]["kept"] == 3
+    assert run["run"]["checkpoints"] == 4 * run["run"]["checkpoint"]
+    assert run["run"]["traces"] == 4000 * run["extraction"]["trace"]
