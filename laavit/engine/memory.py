@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,62 +54,42 @@ def cures(recipe_file: Path, settings: TrainSettings) -> str:
     """Which levers are left and, where the recipe can be planned, what each frees; the strongest first."""
     world = rank_and_world()[1]
     try:
-        plan = planned(recipe_file, world)
+        found = freed(recipe_file, world)
     except (*MISTAKES, MemoryError) as error:  # it must not hide why the run ended
         logger.info("what each lever frees could not be worked out: %s", error)
-        return "what is left to do: " + "; ".join(levers({}, settings, world))
-    found = levers(plan, settings, world)
-    known = sorted(((size, lever) for lever, size in found.items() if size), reverse=True)
-    words = [f"{lever} frees about {size / 2**30:.2g} GiB" for size, lever in known]
-    words += [lever for lever, size in found.items() if size is None]
-    return "on each GPU " + "; ".join(words)
+        return "what is left to do: " + "; ".join(levers(settings, world))
+    return "on each GPU " + "; ".join(
+        [*(f"{lever} frees about {size / 2**30:.2g} GiB" for lever, size in found), "student.max_pixels lower"]
+    )
 
 
-def planned(recipe_file: Path, world: int) -> Mapping[str, Any]:
-    """The plan of the run's recipe; its one use here, so that this is the one place to follow it.
+def freed(recipe_file: Path, world: int) -> list[tuple[str, int]]:
+    """What the plan of the run's recipe says of each lever, and the bytes that it frees.
 
     Raises:
-        UserError: the recipe cannot be planned (another family, a model without a known configuration).
+        UserError: the recipe cannot be planned (a model without a known configuration).
     """
-    from laavit.engine.plan import Load, make_plan
+    from laavit.engine.examples import Load
+    from laavit.engine.plan import make_plan
+    from laavit.engine.planning import levers as planned
     from laavit.recipe import load_recipe
 
     if not recipe_file.is_file():
         raise UserError(f"'{recipe_file}' is not there")
-    return make_plan(load_recipe(recipe_file), Load(gpus=world))
+    return planned.levers(make_plan(load_recipe(recipe_file), Load(gpus=world)))
 
 
-def levers(plan: Mapping[str, Any], settings: TrainSettings, world: int) -> dict[str, int | None]:
-    """What can still be switched on -> the bytes that it frees on one device; None where that is not known.
-
-    Args:
-        plan: what ``make_plan`` gives, or {}. world: processes.
-    """
-    training = plan.get("training", {})
-    plain, saving = training.get("plain", {}), training.get("checkpointed", {})
-    now = saving if settings.gradient_checkpointing else plain
-    known = bool(now)
-    moved = now.get("gradients", 0) + now.get("optimizer", 0) + now.get("buckets", 0)
-    vision = plan.get("parameters", {}).get("vision", {}).get("trainable", 0)
-    found: dict[str, int | None] = {}
+def levers(settings: TrainSettings, world: int) -> list[str]:
+    """What can still be switched on, where nothing is known of the model. world: processes."""
+    found = []
     if not settings.gradient_checkpointing:
-        found["train.gradient_checkpointing=True"] = plain["peak"] - saving["peak"] if known else None
+        found.append("train.gradient_checkpointing=True")
     share = settings.batch_size // world
     if settings.accumulate < share and share % (2 * settings.accumulate) == 0:
-        doubled = f"train.accumulate={2 * settings.accumulate} (half the samples at once)"
-        found[doubled] = now["activations"] // 2 if known else None
+        found.append(f"train.accumulate={2 * settings.accumulate} (half the samples at once)")
     if not settings.shared_prefix and settings.grouped:
-        found["train.shared_prefix=True (an image is read once for all of its questions)"] = None
+        found.append("train.shared_prefix=True (an image is read once for all of its questions)")
     if world > 1:
-        whole = now.get("weights", 0) + moved
-        found[f"strategy=fsdp2 ({world} processes share weights and optimizer)"] = (
-            whole - whole // world if known else None
-        )
-    found["strategy.offload=cpu of fsdp2 (weights and optimizer in main memory)"] = (
-        now.get("weights", 0) + now.get("optimizer", 0) if known else None
-    )
-    if vision or not known:
-        # a gradient and two moments in float32; activations of the tower come on top
-        found["student.freeze=('vision',)"] = 12 * vision if known else None
-    found["student.max_pixels lower (fewer image tokens)"] = None
-    return found
+        found.append("strategy=fsdp2 (processes share weights and optimizer)")
+    found.append("strategy=fsdp2 with strategy.offload=cpu (they wait in main memory)")
+    return [*found, "student.freeze=[vision]", "student.max_pixels lower (fewer image tokens)"]

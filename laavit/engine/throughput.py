@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from typing import Any
@@ -10,41 +11,20 @@ import torch
 
 from laavit.engine.flops import BatchShape, step_flops
 from laavit.engine.loop import sample_ids
+from laavit.engine.planning.machines import MACHINES
 from laavit.structures import Batch
-
-#: Dense bf16 (on older GPUs fp16) peaks of tensor cores in FLOP/s, by what ``torch.cuda.get_device_name`` contains, the
-#: longer names first. Sources: NVIDIA's data sheets and architecture white papers of B200/DGX B200, H100/H200 (SXM,
-#: PCIe, NVL), A100, L40S, L4, A10, A30, RTX 6000 Ada and RTX A6000, V100, T4 (where a sheet gives a rate with sparsity,
-#: half of it), AMD's data sheets of MI250X (one of its two dies is one device) and MI300X.
-PEAKS = {
-    "B200": 2.25e15,
-    "H200": 9.89e14,
-    "H100 PCIe": 7.56e14,
-    "H100 NVL": 8.35e14,
-    "H100": 9.89e14,
-    "H800": 9.89e14,
-    "A100": 3.12e14,
-    "A800": 3.12e14,
-    "A30": 1.65e14,
-    "A10": 1.25e14,
-    "L40S": 3.62e14,
-    "L4": 1.21e14,
-    "RTX 6000 Ada": 3.64e14,
-    "RTX A6000": 1.548e14,
-    "V100": 1.25e14,
-    "T4": 6.5e13,
-    "MI300X": 1.307e15,
-    "MI250X": 1.915e14,
-}
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """What the device can do in bf16, FLOP/s; None where it is not known (a CPU, a GPU without an entry, fp32)."""
     if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    found = [peak for part, peak in PEAKS.items() if part in name.replace("-", " ")]
-    return found[0] if found else None
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
+    # The longest first ('H100 PCIe' before 'H100'); no digit may follow ('L4' is no 'L40').
+    for known in sorted(MACHINES, key=len, reverse=True):
+        if re.search(re.sub(r"(?<=[a-z])(?=\d)", "-?", known) + r"(?!\d)", name):
+            return MACHINES[known].flops
+    return None
 
 
 def batch_of(data: Any) -> Batch | None:

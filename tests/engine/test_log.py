@@ -11,7 +11,7 @@ from processes import launch
 
 from laavit.engine.hooks.gradient_norms import Rows, norm_of
 from laavit.engine.hooks.wandb import check_wandb
-from laavit.engine.throughput import PEAKS, Work, peak_flops
+from laavit.engine.throughput import Work, peak_flops
 from laavit.registry import UserError
 
 
@@ -86,12 +86,13 @@ def test_mfu_is_flops_over_the_peak_of_all_devices():
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", 9.89e14),
-        ("NVIDIA H100 PCIe", 7.56e14),
-        ("NVIDIA A100-SXM4-80GB", 3.12e14),
-        ("NVIDIA L40S", 3.62e14),
-        ("NVIDIA L4", 1.21e14),
-        ("Tesla V100-SXM2-16GB", 1.25e14),
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 366e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("NVIDIA GeForce GT 710", None),
     ],
 )
@@ -100,7 +101,6 @@ def test_peaks_are_found_by_the_devices_name(monkeypatch, name, peak):
     assert peak_flops(torch.device("cuda"), "bf16") == peak
     assert peak_flops(torch.device("cuda"), "fp32") is None
     assert peak_flops(torch.device("cpu"), "bf16") is None
-    assert all(1e13 < value < 1e16 for value in PEAKS.values())
 
 
 def test_norms_of_plain_and_sharded_gradients(lab, tmp_path):
