@@ -21,7 +21,7 @@ from laavit.data.aligned import AlignedDataset, Collate
 from laavit.engine import train
 from laavit.engine.strategies import Strategy
 from laavit.model import build_model
-from laavit.recipe import Recipe
+from laavit.recipe import Recipe, apply_overrides
 from laavit.traces.store import TraceStore
 
 
@@ -69,7 +69,7 @@ class Runs:
     ) -> Ran:
         """A run of this process, or its part in one of several."""
         self.number += 1  # the same in all processes
-        recipe = Recipe(raw)
+        recipe = Recipe(apply_overrides(raw, {"student.dtype": str(dtype).removeprefix("torch.")}))
         store = TraceStore(recipe.config["traces"]["path"])
         model = build_model(recipe, store.header).to(dtype)
         builder = model.student.builder(recipe.build("prompt"))
@@ -78,9 +78,8 @@ class Runs:
         made, keep = replace(recipe.build("train"), **given), KeepGradients()
         pad = model.student.backbone.tokenizer.pad_token_id
         collate = Collate(model.student.backbone.family, pad, made.shared_prefix, made.packing == "pack")
-        last = train(
-            model, dataset, collate, made, self.folder / f"{self.number}", raw, hooks=[keep], strategy=strategy
-        )
+        run = self.folder / f"{self.number}-{os.environ.get('MASTER_PORT', 'alone')}"
+        last = train(model, dataset, collate, made, run, raw, hooks=[keep], strategy=strategy)
         weights = {f"{path.stem}/{n}": t for path in last.glob("*.safetensors") for n, t in load_file(path).items()}
         files = {path.name: path.read_bytes() for path in last.iterdir() if path.suffix != ".safetensors"}
         del files["state.json"]

@@ -31,7 +31,15 @@ class Way:
     dtype: torch.dtype = torch.float64
 
 
-def compare(runs: Any, together: Any, same: Any, count: int, raw: Mapping[str, Any], ways: Mapping[str, Way]) -> None:
+def compare(
+    runs: Any,
+    together: Any,
+    same: Any,
+    count: int,
+    raw: Mapping[str, Any],
+    ways: Mapping[str, Way],
+    exact: float = 1e-9,
+) -> None:
     """Each way in ``count`` processes against a plain run of one."""
     wanted: dict[str, Any] = {}
     for way in ways.values():
@@ -44,7 +52,7 @@ def compare(runs: Any, together: Any, same: Any, count: int, raw: Mapping[str, A
                 try:
                     given = apply_overrides(dict(raw), way.more)
                     found = runs.one(given, way.strategy, way.dtype, **way.settings)
-                    same(found, wanted[f"{way.dtype} {way.more}"], 1e-9 if way.dtype == torch.float64 else 1e-5)
+                    same(found, wanted[f"{way.dtype} {way.more}"], exact if way.dtype == torch.float64 else 1e-5)
                 except Exception as error:
                     raise AssertionError(f"{count} processes: {name}") from error
 
@@ -109,9 +117,11 @@ def test_shared_beginnings(spread_world: World, runs: Any, together: Any, same: 
     raw = spread_world.recipe(LAVIT)
     data = spread_world._annotate("alike", [("0",)] * 4)
     raw["data"]["annotations"], raw["traces"]["path"] = str(data), str(spread_world.store("qwen2_5_vl", data))
-    ways = {
-        "shared": Way(FSDP2(), {"shared_prefix": True}),
-        "shared, checkpointed": Way(FSDP2(), {"shared_prefix": True, "gradient_checkpointing": True}),
+    ways = {  # the cosines of rotary embeddings are float32 in any case, and here their last bit depends on the shape
+        "shared": Way(FSDP2(), {"shared_prefix": True}, dtype=torch.float32),
+        "shared, checkpointed": Way(
+            FSDP2(), {"shared_prefix": True, "gradient_checkpointing": True}, {}, torch.float32
+        ),
     }
     compare(runs, together, same, 2, raw, ways)
 
@@ -121,11 +131,13 @@ def test_shared_beginnings(spread_world: World, runs: Any, together: Any, same: 
 def test_every_family(spread_world: World, runs: Any, together: Any, same: Any, student: str) -> None:
     """Tower and projector learn, too; in bf16 it runs, and near the run that autocasts."""
     raw = spread_world.recipe(Cell(student, "learned", "cosine", ("concept", "trajectory")))
+    if "lora" in raw["student"]:  # each process draws a dropout of its own
+        raw["student"]["lora"]["dropout"] = 0.0
     ways = {
         "frozen tower": Way(FSDP2()),
         "all learns, checkpointed": Way(FSDP2(), {"gradient_checkpointing": True}, {"student.freeze": []}),
     }
-    compare(runs, together, same, 2, raw, ways)
+    compare(runs, together, same, 2, raw, ways, exact=1e-6)  # some norms compute in float32 whatever they are given
     half = runs.one(raw, dtype=torch.float32, precision="bf16")
 
     def work() -> None:
