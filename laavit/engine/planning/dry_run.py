@@ -6,6 +6,7 @@ process 0, whose shares are the largest.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -51,6 +52,31 @@ def fake_processes(world: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+class ShardMeter(Meter):
+    """Counts as ``Meter``, and sees that fully_shard empties the storages of gathered weights and fills them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("fsdp", "c10d"):  # before each exchange the last block's weights have gone
+            for key, (storage, size) in list(self._sizes.items()):  # a storage may go meanwhile
+                known = storage()
+                if known is not None and known.nbytes() != size:
+                    self.live += known.nbytes() - size
+                    self._sizes[key] = storage, known.nbytes()
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._seen:
+            self._sizes[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        super()._count(storage)
+
+    def _release(self, key: int, size: int) -> None:
+        super()._release(key, self._sizes.pop(key, (None, size))[1])
 
 
 def stored(tensors: Iterable[Tensor]) -> int:
@@ -100,7 +126,7 @@ def dry_run(recipe: Recipe, load: Load) -> dict[str, Any]:
 def _step(model: nn.Module, batch: Any, settings: TrainSettings, mode: Any) -> dict[str, Any]:
     """Forward, backward and optimizer of a sharded model."""
     assert isinstance(model, FSDPModule), "shard has been here"
-    meter = Meter()
+    meter = ShardMeter()
     meter.ignore([p.to_local() for p in model.parameters() if isinstance(p, DTensor)] + list(model.buffers()))
     model.train()
     with meter:
