@@ -158,6 +158,7 @@ BENCH = {
     "checkpoint.py": "--megabytes 4 --rows 4 --checkpoints 1 --repeats 1",
     "batches.py": "--steps 2 --images 200",
     "evaluation.py": "--quick",
+    "train.py": "--tokens 16 36 --layers 1 --repeats 1 --ways best padded",
     "extract.py": "--quick",
     "reader.py": "--records 300",
     "training.py": "--tokens 64 --repeats 1 --families qwen2_5_vl --ways sft lavit",
