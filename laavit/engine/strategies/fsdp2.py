@@ -149,8 +149,8 @@ class FSDP2(Strategy):
             raise UserError("strategy.offload: got 'cpu', and the model is on the CPU already; allowed here: none")
         if settings.cache_vision:
             raise UserError(
-                "train.cache_vision: with fsdp2 the processes gather the tower's weights together, and one that finds its "
-                "images kept would leave the others waiting; take traces.vision_cache, or strategy 'ddp'"
+                "train.cache_vision: with fsdp2 the processes gather the tower's weights together, and one that finds "
+                "its images kept would leave the others waiting; take traces.vision_cache, or strategy 'ddp'"
             )
         if world_size % self.replicate:
             raise UserError(
