@@ -257,11 +257,6 @@ def make_plan(recipe: Recipe, load: Load) -> dict[str, Any]:
             "logits": min(labels, settings.loss_rows or labels) * head.weight.shape[0] * 4,
             "without_gradient": unreached,
         },
-        # the two of them that hold the whole model, by what a step keeps
-        "training": {
-            kept: {**row["memory"], "buckets": row["memory"]["exchanged"]}
-            for kept, row in zip(("plain", "checkpointed"), rows, strict=False)
-        },
         "ways": rows,
         "own": own,
         "accumulate": settings.accumulate,
