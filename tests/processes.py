@@ -1,4 +1,4 @@
-"""Two processes of one run, with the environment that torchrun gives."""
+"""Processes of one run, forked, with the environment that torchrun gives."""
 
 import os
 import socket
@@ -6,12 +6,6 @@ import sys
 import traceback
 
 import torch
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def child(work):
@@ -30,20 +24,26 @@ def child(work):
     return pid
 
 
-def start(work):
-    """Fork two processes that call ``work(rank)``; returns their ids."""
-    port, pids = str(free_port()), []
-    for rank in range(2):
+def start(work, world=2):
+    """Start ``work(rank)`` in ``world`` processes; returns their ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
-        def member(rank=rank):
-            given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in given.items()})
-            work(rank)
+    def member(rank):
+        own = {**given, "RANK": rank, "LOCAL_RANK": rank} if world > 1 else {}
+        os.environ.update({name: str(value) for name, value in own.items()})
+        work(rank)
 
-        pids.append(child(member))
-    return pids
+    return [child(lambda rank=rank: member(rank)) for rank in range(world)]
 
 
-def launch(work):
-    """The same, to their end; returns their exit codes."""
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in start(work)]
+def ended(pids):
+    """Their exit codes, a signal's number below 0."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def launch(work, world=2):
+    """Start them and wait; returns their exit codes."""
+    return ended(start(work, world))

@@ -1,10 +1,6 @@
 """A model small enough to train in milliseconds, with what makes resuming hard: dropout, momentum, a gate."""
 
-import os
 import random
-import socket
-import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,43 +134,7 @@ def bits(checkpoint):
     return {name: (checkpoint / name).read_bytes() for name in names}
 
 
-def child(work):
-    """Run ``work`` in a forked process; returns its id. Forking shares the imports, which take seconds."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            work()
-            code = 0
-        finally:
-            if code:
-                traceback.print_exception(sys.exc_info()[1])
-            os._exit(code)
-    return pid
-
-
-def members(work, world):
-    """Start ``work(rank)`` in ``world`` processes with the environment that torchrun gives; returns their ids."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    given = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-
-    def member(rank):
-        own = {**given, "RANK": rank, "LOCAL_RANK": rank} if world > 1 else {}
-        os.environ.update({name: str(value) for name, value in own.items()})
-        work(rank)
-
-    return [child(lambda rank=rank: member(rank)) for rank in range(world)]
-
-
-def ended(pids):
-    """Their exit codes, a signal's number below 0."""
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-
 @pytest.fixture
 def lab():
-    names = (FakeModel, FakeData, FakeSample, collate, settings, run, bits, child, members, ended)
+    names = (FakeModel, FakeData, FakeSample, collate, settings, run, bits)
     return SimpleNamespace(**{n.__name__: n for n in names})

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from processes import child
 from safetensors.torch import load_file
 
 from laavit.engine import TrainingStopped, latest_checkpoint, random_state
@@ -57,7 +58,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bits(lab, tmp_path)
     duration = time.monotonic() - started
     moments, kills, done = random.Random(), 0, False
     for _ in range(60):
-        pid = lab.child(lambda: lab.run(tmp_path / "cut", resume=True, **changes))
+        pid = child(lambda: lab.run(tmp_path / "cut", resume=True, **changes))
         if kills < 8:
             time.sleep(moments.uniform(0.02, 0.2) * duration)
             os.kill(pid, signal.SIGKILL)
@@ -160,7 +161,7 @@ def test_a_write_that_the_system_refuses_is_caught_whoever_writes(lab, tmp_path)
         except TrainingStopped as error:
             told.write_text(str(error))
 
-    os.waitpid(lab.child(work), 0)
+    os.waitpid(child(work), 0)
     assert "File too large" in told.read_text() and "iter_000004" in told.read_text()
     assert names(tmp_path / "run") == ["iter_000004"]
     assert lab.bits(tmp_path / "run" / "checkpoints" / "iter_000004") == first

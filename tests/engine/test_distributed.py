@@ -1,34 +1,13 @@
 import json
-import os
-import socket
 
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
 
 from laavit.engine import latest_checkpoint
 from laavit.engine.distributed import pick_device
 from laavit.registry import UserError
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(lab, work):
-    """Two processes with the environment that torchrun gives; returns their exit codes."""
-    port, pids = str(free_port()), []
-    for rank in range(2):
-
-        def member(rank=rank):
-            given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in given.items()})
-            work(rank)
-
-        pids.append(lab.child(member))
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -39,7 +18,7 @@ def test_two_processes_equal_one(lab, tmp_path, accumulate):
     def work(rank):
         lab.run(tmp_path / "two", model=lab.FakeModel(**quiet), accumulate=accumulate, log_every=1)
 
-    assert launch(lab, work) == [0, 0]
+    assert launch(work) == [0, 0]
     ours, theirs = (load_file(latest_checkpoint(tmp_path / n) / "model.safetensors") for n in ("one", "two"))
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-6)
@@ -66,10 +45,10 @@ def test_two_processes_resume_to_the_same_bits_and_stop_together(lab, tmp_path):
     from laavit.engine.sampler import BatchSampler
 
     poison = BatchSampler(24, None, batch_size=4, steps=12, seed=0).batch(5)[3][0]  # in process 1's share
-    assert launch(lab, whole) == [0, 0]
-    assert launch(lab, cut) == [1, 1]
+    assert launch(whole) == [0, 0]
+    assert launch(cut) == [1, 1]
     assert latest_checkpoint(tmp_path / "cut").name == "iter_000004"
-    assert launch(lab, resumed) == [0, 0]
+    assert launch(resumed) == [0, 0]
     assert lab.bits(latest_checkpoint(tmp_path / "cut")) == lab.bits(latest_checkpoint(tmp_path / "whole"))
     state = load_file(latest_checkpoint(tmp_path / "whole") / "random.safetensors")
     assert not torch.equal(state["torch"][0], state["torch"][1])  # each process draws its own dropout

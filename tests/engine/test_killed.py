@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from processes import ended, launch, start
 from safetensors.torch import load_file
 
 from laavit.engine import latest_checkpoint, saving
@@ -67,7 +68,7 @@ def check(folder):
 def killed(lab, work, world, seed, folder):
     """Start, kill one process or all at a random moment, and the others as torchrun does; was anything killed?"""
     choice, root = random.Random(seed), folder / "checkpoints"
-    before, pids = {path.name for path in root.glob("*iter_*")}, lab.members(work, world)
+    before, pids = {path.name for path in root.glob("*iter_*")}, start(work, world)
     if choice.random() < 0.2:
         time.sleep(choice.uniform(0, 1.5))  # while it starts
     else:
@@ -80,7 +81,7 @@ def killed(lab, work, world, seed, folder):
     time.sleep(0.05)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)  # those that have ended are still there to be waited for
-    return any(code == -signal.SIGKILL for code in lab.ended(pids))
+    return any(code == -signal.SIGKILL for code in ended(pids))
 
 
 def survive(lab, tmp_path, way, seeds, worlds, model, steps=24):
@@ -94,7 +95,7 @@ def survive(lab, tmp_path, way, seeds, worlds, model, steps=24):
         if done is not None and done.name == f"iter_{steps:06d}":
             break
     world = worlds[(turn + 1) % len(worlds)]
-    assert lab.ended(lab.members(work_of(lab, folder, way, model, steps), world)) == [0] * world
+    assert launch(work_of(lab, folder, way, model, steps), world) == [0] * world
     check(folder)
     return latest_checkpoint(folder), kills, halves
 
@@ -107,7 +108,7 @@ def close(ours, theirs):
 
 def test_two_processes_survive_three_kills_in_the_middle_of_shards_in_the_background(lab, tmp_path):
     way = "sharded, in the background"
-    assert lab.ended(lab.members(work_of(lab, tmp_path / "whole", way, {}, 12), 2)) == [0, 0]
+    assert launch(work_of(lab, tmp_path / "whole", way, {}, 12), 2) == [0, 0]
     last, kills, _ = survive(lab, tmp_path, way, [1, 2, 3], [2], {}, 12)
     assert kills >= 2
     assert lab.bits(last) == lab.bits(latest_checkpoint(tmp_path / "whole"))
@@ -117,7 +118,7 @@ def test_two_processes_survive_three_kills_in_the_middle_of_shards_in_the_backgr
 @pytest.mark.parametrize(("way", "first"), [(way, 100 * number) for number, way in enumerate(WAYS)])
 def test_ten_kills_each_way(lab, tmp_path, way, first):
     """40 kills together: two processes before and after, the same bits."""
-    assert lab.ended(lab.members(work_of(lab, tmp_path / "whole", way, {}, 24), 2)) == [0, 0]
+    assert launch(work_of(lab, tmp_path / "whole", way, {}, 24), 2) == [0, 0]
     whole, kills, halves, turn = latest_checkpoint(tmp_path / "whole"), 0, 0, 0
     while kills < 10:
         seeds = range(first + 10 * turn, first + 10 * turn + 10 - kills)

@@ -12,6 +12,7 @@ from collections import namedtuple
 import pytest
 import torch
 from mmengine.hooks import Hook
+from processes import child, ended, launch
 from safetensors.torch import load_file, save_file
 
 from laavit.engine import TrainingStopped, latest_checkpoint, saving
@@ -161,7 +162,7 @@ def test_two_processes_try_again_and_stop_together(lab, tmp_path, monkeypatch):
         with pytest.raises(TrainingStopped, match=r"checkpoint of step 8 .*No space left.*iter_000004"):
             lab.run(tmp_path, checkpoint_format="sharded", disk_retry_s=0.05)
 
-    assert lab.ended(lab.members(work, 2)) == [0, 0]
+    assert launch(work, 2) == [0, 0]
     assert names(tmp_path) == ["iter_000004"]
 
 
@@ -177,7 +178,7 @@ def test_shards_that_the_system_refuses_are_told(lab, tmp_path):
         except TrainingStopped as error:
             told.write_text(str(error))
 
-    assert lab.ended([lab.child(work)]) == [0]
+    assert ended([child(work)]) == [0]
     assert "step 4 could not" in told.read_text() and "File too large" in told.read_text()
     assert names(tmp_path / "run") == []
 

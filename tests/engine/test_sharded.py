@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -85,12 +86,12 @@ def test_another_number_of_processes_goes_on(lab, tmp_path, before, after, kind)
         again = lab.run(tmp_path / "cut", model=lab.FakeModel(**QUIET), resume=True, checkpoint_format=kind)
         assert again.model.steps == [8, 9, 10, 11]
 
-    assert lab.ended(lab.members(first, before)) == [0] * before
+    assert launch(first, before) == [0] * before
     last = tmp_path / "cut" / "checkpoints" / "iter_000012"
     uninterrupted = lab.bits(last)
     assert is_sharded(last.with_name("iter_000008")) == (kind == "sharded")
     (last / "state.json").unlink()
-    assert lab.ended(lab.members(then, after)) == [0] * after
+    assert launch(then, after) == [0] * after
     assert (lab.bits(last) == uninterrupted) == (before == after)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (last, whole.last))
     for name, value in ours.items():
@@ -120,11 +121,11 @@ def test_sharded_tensors_of_four_are_read_by_any_number(lab, tmp_path):
                 full = tensor.full_tensor() if wanted[name].ndim else tensor
                 assert torch.equal(full, wanted[name])
 
-    assert lab.ended(lab.members(write, 4)) == [0] * 4
+    assert launch(write, 4) == [0] * 4
     found = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
     read_shards(tmp_path, found)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert lab.ended(lab.members(read, 2)) == [0] * 2
+    assert launch(read, 2) == [0] * 2
     with pytest.raises(UserError, match="cannot be read"):
         read_shards(tmp_path, {"none": torch.zeros(2)})
 
@@ -133,7 +134,7 @@ def test_every_process_writes_its_share(lab, tmp_path):
     def work(rank):
         lab.run(tmp_path, steps=8, **SHARDED)
 
-    assert lab.ended(lab.members(work, 2)) == [0, 0]
+    assert launch(work, 2) == [0, 0]
     folder = tmp_path / "checkpoints" / "iter_000004"
     assert is_complete(folder)
     held = [set(load_file(file)) for file in sorted((folder / SHARDS).iterdir())]
@@ -155,10 +156,10 @@ def test_fsdp2_goes_on_with_another_number_of_processes(lab, tmp_path, kind, aft
         lab.run(tmp_path / "cut", model=lab.FakeModel(**QUIET), resume=True, strategy=given_strategy, **given)
 
     last = tmp_path / "cut" / "checkpoints" / "iter_000012"
-    assert lab.ended(lab.members(first, 2)) == [0] * 2
+    assert launch(first, 2) == [0] * 2
     before = load_file(last / "model.safetensors"), load_file(last / "optimizer.safetensors")
     (last / "state.json").unlink()
-    assert lab.ended(lab.members(then, after)) == [0] * after
+    assert launch(then, after) == [0] * after
     again = load_file(last / "model.safetensors"), load_file(last / "optimizer.safetensors")
     own = load_file(whole.last / "model.safetensors"), load_file(whole.last / "optimizer.safetensors")
     for found in (before, again):

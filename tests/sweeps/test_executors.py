@@ -92,7 +92,7 @@ def test_two_processes_train_a_cell_of_an_array(
     assert capsys.readouterr().out.startswith("sbatch ")
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "0", "OMP_NUM_THREADS": "1"}
     subprocess.run(["bash", str(out / "slurm/array.sh")], check=True, env=environment, timeout=600)
-    assert '"world_size": 2' in re.sub(r"\s+", " ", (out / "cells/naive-s0/environment.json").read_text())
+    assert '"processes": 2' in re.sub(r"\s+", " ", (out / "cells/naive-s0/environment.json").read_text())
     assert cli([*words, "--table"]) == 0 and (out / "table.md").is_file()
     assert cli(["sweep", str(out / "sweep.json"), "--cell", "naive-s0"]) == 0  # finished: nothing is done
 
