@@ -26,8 +26,8 @@ SWEEPS = {
     "hops_9": ("naive_sft", "gaze_layers"),
     "causes": ("naive_sft", "lavit"),
 }
-#: run only by name: it explains the others, and two hours are enough
-APART = ("causes",)
+#: run only by name: they look into what the others showed, and two hours are enough
+APART = ("hops_2", "causes")
 #: sweep -> the arms on whose first seed the standard interventions are made
 INTERVENED = {"table3": ("lavit",), "hops": ("latents_by_layer", "feedback_steps_gaze")}
 #: questions of each intervention

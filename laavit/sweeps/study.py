@@ -113,7 +113,8 @@ def study_table(title: str, rows: Sequence[Row], references: Sequence[str]) -> T
 def _gain(gain: Pooled | None, source: str, after: str = "") -> Cell:
     if gain is None:
         return Cell(EMPTY)
-    return Cell(points(gain.mean), between(gain.low, gain.high, points) + after, source, value=gain.mean)
+    low, high = max(gain.low, -1.0), min(gain.high, 1.0)  # a t interval knows no bounds
+    return Cell(points(gain.mean), between(low, high, points) + after, source, value=gain.mean)
 
 
 def draw(title: str, rows: Sequence[Row], reference: str, file: Path) -> Path:
