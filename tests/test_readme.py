@@ -127,8 +127,10 @@ def stand_in(words: list[str]) -> list[str]:
         words = [sys.executable, *words[1:]]
     line = " ".join(words)
     if words[1:2] == ["sweep"]:
-        chosen = [] if "table_a2" in line else ["--only", "naive_sft"]
-        return [*words, *SWEEP, *chosen, *(["--dry-run"] if "torchrun" in words else [])]
+        if "table_a2" in line:  # its grid sets the steps, and the micro-lab's seeds the student
+            own = {"train.steps=1", *(["student.path=tiny"] if "microlab" in line else [])}
+            return [*words, *(word for word in SWEEP if word not in own)]
+        return [*words, *SWEEP, "--only", "naive_sft", *(["--dry-run"] if "torchrun" in words else [])]
     bench = "tools/bench/" in line
     if not bench and ("train.py" in line or "extract.py" in line or " plan " in line or " train " in line):
         words += SMALL

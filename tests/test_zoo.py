@@ -23,7 +23,7 @@ ZOO = project_data("model_zoo")
 NAMES = [str(path.relative_to(ZOO)) for path in zoo.recipes(ZOO)]
 #: of the micro-lab's pretraining
 OTHERS = {"microlab/teacher.py", "microlab/student.py", "microlab/teacher_ungrounded.py"} | {
-    f"microlab/hops/student_{depth}.py" for depth in (3, 6, 9)
+    f"microlab/hops/student_{depth}.py" for depth in (2, 3, 6, 9)
 }
 
 
