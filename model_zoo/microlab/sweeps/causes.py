@@ -9,7 +9,7 @@ name = "microlab_causes"
 title = "The micro-lab: causes, one changed at a time"
 out = "runs/study/causes"
 reference = "lavit"
-seeds = [0, 1]
+seeds = [0]
 evaluate = dict(tasks=["microlab_val"])
 arms = dict(
     _delete_=True,
