@@ -127,12 +127,15 @@ def draw(title: str, rows: Sequence[Row], reference: str, file: Path) -> Path:
     shown = [one for one in found if one.gains[0] is not None]
     figure = Figure(figsize=(9.5, 1.4 + 0.3 * len(shown)), layout="constrained", dpi=130)
     FigureCanvasAgg(figure)
-    axes: Any = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    both = any(one.masked is not None for one in shown)
+    ratios = (3, 2) if both else (1,)
+    axes: Any = figure.subplots(1, len(ratios), sharey=True, width_ratios=ratios, squeeze=False)[0]
     places = np.arange(len(shown))[::-1]
     gains = [(one.gains[0], one.gained) for one in shown]
     _forest(axes[0], places, gains, "#1f5fa8", f"points over {label}")
-    masked = [(one.masked, one.lost) for one in shown]
-    _forest(axes[1], places, masked, "#b8432f", "points when the latents are masked")
+    if both:
+        masked = [(one.masked, one.lost) for one in shown]
+        _forest(axes[1], places, masked, "#b8432f", "points when the latents are masked")
     axes[0].set_yticks(places, [one.row.label for one in shown])
     figure.suptitle(title, fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
