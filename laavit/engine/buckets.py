@@ -64,17 +64,20 @@ class UnitLengths:
     def split(self, units: Sequence[int], parts: int, even: bool) -> list[list[int]]:
         """A step's units as micro-batches of about the same work, none of them empty.
 
+        Neighbours in length stay together, packed ones too: attention lays their samples out padded. Only where packed
+        micro-batches must have the same number of units, which neighbours would make unequal work, they are mixed.
+
         Args:
             parts: micro-batches. even: each gets the same number of units.
         """
-        if self.packed:
+        if even and self.packed:
             order = sorted(units, key=lambda unit: (-self.total[unit], unit))
-            return self._by_total(order, parts, -(-len(order) // parts) if even else len(order))
+            return self._by_total(order, parts, -(-len(order) // parts))
         order = self.ordered(units)
         if even:
             size = len(order) // parts
             return [order[start : start + size] for start in range(0, len(order), size)]
-        return self._by_padded(order, parts)
+        return self._by_runs(order, parts)
 
     def _by_total(self, order: Sequence[int], parts: int, room: int) -> list[list[int]]:
         """The longest first, each to the micro-batch with the fewest tokens that has room (Graham, 1969)."""
@@ -86,8 +89,8 @@ class UnitLengths:
             loads[place] += int(self.total[unit])
         return found
 
-    def _by_padded(self, order: Sequence[int], parts: int) -> list[list[int]]:
-        """Runs of neighbours, the longest of which takes as few padded tokens as may be."""
+    def _by_runs(self, order: Sequence[int], parts: int) -> list[list[int]]:
+        """Runs of neighbours, the heaviest of which has as little work as may be."""
         low, high = max(self.work([unit]) for unit in order), self.work(order)
         while low < high:
             middle = (low + high) // 2

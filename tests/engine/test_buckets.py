@@ -95,13 +95,14 @@ def test_micro_batches_have_about_the_same_work(packed: bool) -> None:
     assert [len(part) for part in lengths.split(units[:4], 4, even=False)] == [1] * 4
 
 
-def test_padded_runs_are_the_best_there_are() -> None:
-    lengths = UnitLengths.of(LENGTHS, [[i] for i in range(60)], shared=False, packed=False)
+@pytest.mark.parametrize("packed", [False, True])
+def test_runs_of_neighbours_are_the_best_there_are(packed: bool) -> None:
+    lengths = UnitLengths.of(LENGTHS, [[i] for i in range(60)], shared=False, packed=packed)
     order = lengths.ordered(range(12))
     cuts = ([0, *cut, 12] for cut in combinations(range(1, 12), 2))
     best = min(max(lengths.work(order[a:b]) for a, b in pairwise(cut)) for cut in cuts)
     found = lengths.split(range(12), 3, even=False)
-    assert len(found) == 3 and max(map(lengths.work, found)) == best
+    assert len(found) == 3 and max(map(lengths.work, found)) == best and list(chain(*found)) == order
 
 
 def test_an_order_of_its_own_for_every_window() -> None:
