@@ -8,13 +8,15 @@ and AdamW, with K = 4 latents, the gate half open, concept and trajectory. Ways:
 * *authors*: one sample at a time, 16 times accumulated, eager attention whose maps give the latents' rows, logits of
   all positions; a plain loop, below.
 * *padded*: the library with all its levers off: one padded batch, SDPA, logits where labels are.
-* *best*: ``train.shared_prefix`` and ``train.packing='pack'``: each image is read once, and no padding.
+* *best*: ``train.shared_prefix`` and ``train.packing='pack'``, each image read once and no padding, in the
+  micro-batches that the engine makes of a budget of tokens (``train.tokens``) with ``train.accumulate`` 3.
 * *best, kept*: the same with ``train.cache_vision``, as from the second epoch on.
 * *best, no alignment*: as *best* without gate, rows and targets; latents stay.
 
-All ways have to give the same loss, or the script stops. The decoder is random, of 8 layers and width 256; vocabulary
-and frozen vision tower have about the share of the work that they have in Qwen2.5-VL-3B. Every way runs in a process
-of its own; memory is the peak of its first step over the model, times are of the processor on a CPU.
+All ways have to give the same loss, or the script stops. The decoder is random, of 8 layers and width 256, with the 16
+heads over 2 of Qwen2.5-VL-3B; vocabulary and frozen vision tower (whole attention in one of 8 blocks) have about the
+share of the work that they have there. Every way runs in a process of its own; memory is the peak of its first step
+over the model, times are of the processor on a CPU.
 
 The last table is the alignment's own work at one layer of Qwen2.5-VL-3B (16 heads over 2, width 128): the rows of K
 latents and the trajectory's loss, forward and backward, from 1k to 8k image tokens, counted; linear has exponent 1.
@@ -37,8 +39,8 @@ from training import WIDTH, build, sample, tokenizer
 
 WAYS = ("authors", "padded", "best", "best, kept", "best, no alignment")
 QUESTIONS = (3, 2, 3, 3, 2, 3)  # about each image: 16 in all
-VOCABULARY, LATENTS, GAMMA = 4096, 4, 0.5
-TOWER = {"depth": 4, "hidden_size": 160, "intermediate_size": 480, "num_heads": 4, "fullatt_block_indexes": [1, 3]}
+VOCABULARY, LATENTS, GAMMA, ACCUMULATE = 4096, 4, 0.5, 3
+TOWER = {"depth": 8, "hidden_size": 128, "intermediate_size": 320, "num_heads": 4, "fullatt_block_indexes": [7]}
 TEACHER = 5 * WIDTH // 2
 #: least that the best way is wanted to be, as times the samples a second of others; most that alignment may cost
 FASTER, DEARER = {"authors": 4.0, "padded": 1.5}, 1.10
@@ -58,7 +60,8 @@ def model_of(way: str, options: argparse.Namespace) -> Any:
     from laavit.recipe import build_part
     from laavit.students import HFStudent
 
-    inner = build("qwen2_5_vl", "eager" if way == "authors" else "laavit", VOCABULARY, options.layers, TOWER)
+    attention = "eager" if way == "authors" else "laavit"
+    inner = build("qwen2_5_vl", attention, VOCABULARY, options.layers, TOWER, options.heads)
     processor = SimpleNamespace(tokenizer=tokenizer(), image_token="w10", image_processor=None)
     student = HFStudent.of(Backbone(inner, processor), "qwen2_5_vl", ("vision",))
     student.setup(build_part("latents", "latents", {"name": "learned", "count": LATENTS}), torch.Generator())
@@ -92,11 +95,30 @@ def items_of(model: Any, tokens: Sequence[int]) -> list[tuple[Any, dict[str, Any
     return [(item, prepared) for _, item, prepared in sorted(found, key=lambda one: one[0])]
 
 
-def library_step(model: Any, batch: Any) -> float:
-    """Forward and backward of one batch by the library; returns the loss."""
-    loss = model(batch)["loss"]
-    loss.backward()
-    return float(loss.detach())
+def library_step(model: Any, parts: Sequence[dict[str, Any]]) -> float:
+    """Forward and backward of a step's micro-batches by the library; returns the loss."""
+    total = 0.0
+    for part in parts:
+        loss = model(**part)["loss"] / len(parts)
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def micro_batches(items: Sequence[Any], tokens: Sequence[int], accumulate: int) -> list[list[Any]]:
+    """The step's groups of samples as the engine puts them into micro-batches of a budget of tokens."""
+    import numpy as np
+
+    from laavit.engine.buckets import UnitLengths
+
+    units: list[list[int]] = [[] for _ in tokens]
+    for place, (item, _) in enumerate(items):
+        units[int(item.sample.images[0].stem)].append(place)
+    begins = np.array([item.spans[-1].stop for item, _ in items])
+    after = np.array([len(item.roles) for item, _ in items]) - begins
+    lengths = UnitLengths.of(np.stack([begins, after], 1), units, shared=True, packed=True)
+    parts = lengths.split(range(len(units)), min(accumulate, len(units)), even=False)
+    return [[items[place] for unit in part for place in units[unit]] for part in parts]
 
 
 def authors_step(model: Any, batches: Sequence[Any]) -> float:
@@ -135,15 +157,19 @@ def make_step(way: str, options: argparse.Namespace) -> Callable[[], float]:
 
     from laavit.backbones.vision_cache import keep_features
     from laavit.data.aligned import Collate
+    from laavit.engine.normalisation import add_shares
     from laavit.engine.optim import build_adamw, unique_parameters
     from laavit.engine.settings import TrainSettings
 
     model = model_of(way, options)
     items, family = items_of(model, options.tokens), model.student.backbone.family
-    best = way.startswith("best")
+    best, device = way.startswith("best"), torch.device(options.device)
     collate = Collate(family, 0, share=best, pack=best)
     parts = [[item] for item in items] if way == "authors" else [items]
-    batches = [collate(part)["batch"].to(torch.device(options.device)) for part in parts]
+    if best:
+        parts = micro_batches(items, options.tokens, ACCUMULATE)
+    batches = [{"batch": collate(part)["batch"].to(device)} for part in parts]
+    add_shares(model, batches, device)
     named = unique_parameters(model.trainable_parameters())
     if way == "authors":
         optimizer: Any = torch.optim.AdamW([p for _, p in named], lr=1e-8, weight_decay=0.0)
@@ -153,7 +179,7 @@ def make_step(way: str, options: argparse.Namespace) -> Callable[[], float]:
         keep_features(model.student.backbone, 2**30)
 
     def step() -> float:
-        loss = authors_step(model, batches) if way == "authors" else library_step(model, batches[0])
+        loss = authors_step(model, [b["batch"] for b in batches]) if way == "authors" else library_step(model, batches)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss
@@ -195,7 +221,7 @@ def worker(options: argparse.Namespace) -> None:
 def start(way: str, options: argparse.Namespace, large_blocks: bool) -> Worker:
     """A worker of one way."""
     command = [__file__, "--worker", way, "--tokens", *map(str, options.tokens), "--layers", str(options.layers)]
-    command += ["--device", options.device, "--threads", str(options.threads)]
+    command += ["--heads", str(options.heads), "--device", options.device, "--threads", str(options.threads)]
     return Worker(command, options.threads, large_blocks)
 
 
@@ -282,6 +308,7 @@ def main() -> int:
         help="image tokens of each image; the default has the mean of LaViT-SFT-15K",
     )
     parser.add_argument("--layers", type=int, default=8, help="of the decoder")
+    parser.add_argument("--heads", type=int, choices=(2, 4, 8, 16), default=16, help="of its attention, over 2 of keys")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
@@ -300,7 +327,7 @@ def main() -> int:
     text, growth = growth_table(options.device)
     sys.stdout.write(text + "\n")
     if options.out is not None:
-        about = {name: getattr(options, name) for name in ("device", "threads", "repeats", "tokens", "layers")}
+        about = {name: getattr(options, name) for name in ("device", "threads", "repeats", "tokens", "layers", "heads")}
         write_results(options.out, about, {"throughput": rows, "growth": growth})
     return 0
 

@@ -38,9 +38,14 @@ VOCABULARY, WIDTH, IMAGE_TOKEN = 1024, 256, 10
 
 
 def build(
-    family: str, attention: str, vocabulary: int = VOCABULARY, layers: int = 8, tower: dict[str, Any] | None = None
+    family: str,
+    attention: str,
+    vocabulary: int = VOCABULARY,
+    layers: int = 8,
+    tower: dict[str, Any] | None = None,
+    heads: int = 4,
 ) -> Any:
-    """A random model of a family: width 256, four heads over two key heads, next to no tower unless one is given."""
+    """A random model of a family: width 256, heads over two key heads, next to no tower unless one is given."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -48,12 +53,13 @@ def build(
 
     text: dict[str, Any] = {
         "vocab_size": vocabulary, "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "num_attention_heads": heads, "num_key_value_heads": 2, "tie_word_embeddings": True,
         "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
     }  # fmt: skip
     vision: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32}
     if family == "qwen2_5_vl":
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]}
+        sections = [WIDTH // heads // part for part in (4, 8, 8)]
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
         vision |= {"depth": 1, "num_heads": 2, "out_hidden_size": WIDTH, **(tower or {})}
         named = {"image_token_id": IMAGE_TOKEN}
     else:
