@@ -52,11 +52,12 @@ LOGGED = {
     "probe/concept": "held out: concept loss",
     "probe/trajectory": "held out: trajectory loss, KL",
     "probe/in_box": "held out: attention inside the boxes (S_focus)",
+    "grad_norm": "norm of the gradient, before clipping",
 }
 #: Logged keys that say nothing about learning.
 _HOUSEKEEPING = {
     *("iter", "step", "epoch", "time", "data_time", "seconds", "data_seconds", "data_share", "step_seconds"),
-    *("eta", "memory", "samples_per_second", "tokens_per_second", "mfu", "memory_gb", "host_memory_gb", "data_share"),
+    *("eta", "memory", "samples_per_second", "tokens_per_second", "mfu", "memory_gb", "host_memory_gb"),
 }
 #: and the beginnings of such keys, of which a run logs many
 _PARTS = ("grad_norm/", "target_grad/")
