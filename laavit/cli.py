@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.logging import RichHandler
 
-from laavit.registry import UserError, nearest
+from laavit.registry import UserError, nearest, sentence
 
 #: command -> (module of laavit.commands, one line)
 COMMANDS = {
@@ -53,7 +53,7 @@ def run(command: str, argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"laavit.commands.{COMMANDS[command][0]}")
         return int(module.main(arguments) or 0)
     except UserError as error:
-        sys.stderr.write(f"error: {_sentence(error)}\n")
+        sys.stderr.write(f"error: {sentence(error)}\n")
         return 2
     except BrokenPipeError:  # `laavit list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,12 +68,6 @@ def run(command: str, argv: Sequence[str] | None = None) -> int:
         kept = "" if how is None else f"; what was finished is kept, and the same command{how} goes on"
         sys.stderr.write(f"stopped{kept}\n")
         return 130
-
-
-def _sentence(error: UserError) -> str:
-    """The error's sentence; torch wraps what a data worker raises into its traceback, whose last line it is."""
-    text = str(error).strip()
-    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

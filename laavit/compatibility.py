@@ -193,6 +193,24 @@ def processes_read_alike(parts: Parts) -> None:
         )
 
 
+def settings_have_an_effect(parts: Parts) -> None:
+    """No setting is given that another one leaves without effect."""
+    train = parts.train
+    if train.cache_vision and parts.traces.vision_cache is not None:
+        raise UserError(
+            "train.cache_vision: traces.vision_cache hands all image features over already; set train.cache_vision=0"
+        )
+    if train.shared_prefix and parts.prompt.order == "question_first":
+        raise UserError(
+            "train.shared_prefix: with prompt.order 'question_first' samples begin with their questions, and share "
+            "nothing; set it to False"
+        )
+    if train.shared_prefix and not train.grouped:
+        logger.warning(
+            "train.shared_prefix: without train.grouped questions about one image meet in a micro-batch by chance alone"
+        )
+
+
 def latents_are_there(parts: Parts) -> None:
     """What reads or gates latents has some."""
     if parts.layout.most:
@@ -373,6 +391,7 @@ RULES: tuple[Callable[[Parts], None], ...] = (
     flex_has_a_gpu,
     attention_keeps_keys,
     processes_read_alike,
+    settings_have_an_effect,
     latents_are_there,
     gate_fits,
     question_sees_the_image,

@@ -53,6 +53,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"allowed: {', '.join(options) or 'none'}{hint}"
 
 
+def sentence(error: UserError) -> str:
+    """The error's sentence; torch wraps what a data worker raises into its traceback, whose last line it is."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+
+
 def mistake(error: BaseException) -> str:
     """What went wrong in somebody else's file, in one line: 'NameError: ...'; a ``UserError`` speaks for itself."""
     what = " ".join(str(error).split())

@@ -97,6 +97,15 @@ NO_LATENTS = "it reads the latents, and this recipe has no latents; name some, f
             "align 'header', 'answer' or the latents",
         ),
         (
+            {"prompt": {"order": "question_first"}, "train": {"shared_prefix": True}},
+            "train.shared_prefix: with prompt.order 'question_first' samples begin with their questions, and share "
+            "nothing; set it to False",
+        ),
+        (
+            {"traces": {"path": "t", "vision_cache": "v"}, "train": {"cache_vision": 8}},
+            "train.cache_vision: traces.vision_cache hands all image features over already; set train.cache_vision=0",
+        ),
+        (
             {"gate": "closed", "targets": {"t": {"name": "trajectory", "rows": ["predicting"]}}},
             "targets.t: it aligns the attention of the rows 'predicting', and the gate keeps them from the image "
             "throughout the run; choose a gate that opens, or other rows",

@@ -297,7 +297,7 @@ def collate(items: Sequence[Encoded], family: Any, pad: int, share: bool = False
     """Right-pad samples into one batch.
 
     Args:
-        items: encoded samples, all with cached features or all without. family: their model family.
+        items: encoded samples, all that have images with cached features or all without. family: their model family.
         pad: padding token id. share: read what samples begin with alike once (``shared_prefix``).
         pack: have the decoder read one row without padding (laavit/packing.py).
     """
@@ -317,11 +317,9 @@ def collate(items: Sequence[Encoded], family: Any, pad: int, share: bool = False
         positions = padded([item.position_ids for item in items if item.position_ids is not None], 0)
         if positions.ndim == 3:
             positions = positions.transpose(0, 1)  # the family's [3, S] become [3, B, S]
-    features = None
-    if items[0].features is not None:
-        features = [item.features for item in seen if item.features is not None]
-        if len(features) != len(seen):
-            raise ValueError("a batch mixes samples with and without cached image features")
+    features = [item.features for item in seen if item.features is not None]
+    if features and len(features) != sum(bool(item.spans) for item in seen):
+        raise ValueError("a batch mixes samples with and without cached image features")
     return Batch(
         input_ids=padded([item.input_ids for item in items], pad),
         roles=padded([item.roles for item in items], int(Role.OTHER)),
@@ -331,7 +329,7 @@ def collate(items: Sequence[Encoded], family: Any, pad: int, share: bool = False
         headers=[item.header for item in items],
         vision=family.batch([item.vision for item in seen]),
         samples=[item.sample for item in items],
-        features=features,
+        features=features or None,
         shared=shared,
         packing=Packing.of(torch.arange(length) < lengths[:, None]) if pack else None,
     )

@@ -76,7 +76,7 @@ class CachedFeatures:
 
     def _keep(self, key: str, features: Tensor) -> None:
         # a copy of its own: the tower's output holds the whole batch in one piece of memory
-        self._kept[key] = features.detach().cpu().clone()
+        self._kept[key] = features.detach().to("cpu", copy=True)
         self._size += features.nbytes
         while self._size > self.limit and self._kept:
             self._size -= self._kept.popitem(last=False)[1].nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,9 @@ def replay_recipe(recipe: Recipe, folder: Path) -> None:
 def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     """Train; returns the last checkpoint's folder."""
     from laavit.backbones.vision_cache import VisionCache, keep_features
+    from laavit.data.cached_features import fill
     from laavit.engine import train
+    from laavit.engine.distributed import pick_device
     from laavit.engine.hooks.probe import ProbeHook
     from laavit.engine.hooks.wandb import check_wandb
     from laavit.model import build_model
@@ -104,6 +107,10 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     if settings.cache_vision:
         keep_features(student.backbone, settings.cache_vision * 2**20)
     builder = student.builder(recipe.build("prompt"))
+    if cache is not None and (settings.workers or (strategy is not None and strategy.shares_weights)):
+        rank, world = (int(os.environ.get(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))
+        sets = [samples, looked_at]
+        fill(cache, sets, builder, pick_device(settings.device), settings.workers, rank / world)
     shared = encodings((samples_key(samples, recipe), builder.key, cache and cache.namespace)) if traces.keep else None
     dataset = AlignedDataset(samples, builder, model.named_targets, store, cache, traces.keep, shared)
     for own in {id(each): each for each in dataset.stores.values() if each is not store}.values():

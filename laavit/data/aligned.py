@@ -223,6 +223,11 @@ class AlignedDataset(Dataset[Item]):
                     raise UserError(f"targets.{name}: {error}") from None
         return found
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a sample that was encoded once stays in memory."""
+        return self._kept is not None
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -238,7 +243,7 @@ class AlignedDataset(Dataset[Item]):
 
     def _encode(self, sample: Sample) -> Encoded:
         encoded = self.builder.encode(sample, sample.answer)
-        if self.cache is None:
+        if self.cache is None or not encoded.vision:
             return encoded
         grids = {key: value for key, value in encoded.vision.items() if key != "pixel_values"}
         return replace(encoded, features=self.cache.features(encoded), vision=grids)
@@ -266,8 +271,11 @@ class AlignedDataset(Dataset[Item]):
 
     @property
     def groups(self) -> Sequence[Hashable]:
-        """A key a sample; samples of one image share it (for batches that keep an image's questions together)."""
-        return image_keys_of(self.samples)
+        """A key a sample; samples of one image share it (for batches that keep an image's questions together).
+
+        A sample without images shares its key with none.
+        """
+        return [key or place for place, key in enumerate(image_keys_of(self.samples))]
 
 
 @dataclass(frozen=True)

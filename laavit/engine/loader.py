@@ -16,6 +16,12 @@ from laavit.registry import UserError
 logger = logging.getLogger("laavit.engine")
 
 
+def cores_and_processes() -> tuple[int, int]:
+    """The cores that this process may use, and the processes of the run that this machine runs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def build_loader(
     dataset: Any, sampler: Any, collate: Callable[[list], Any], settings: TrainSettings, device: torch.device
 ) -> DataLoader:
@@ -34,14 +40,14 @@ def build_loader(
     """
     on_gpu = device.type == "cuda"
     if settings.workers:
-        if on_gpu and getattr(dataset, "cache", None) is not None:  # a forked process cannot use its parent's GPU
+        cache = getattr(dataset, "cache", None)
+        if on_gpu and cache is not None and not cache.filled:  # a forked process cannot use its parent's GPU
             raise UserError(
-                "traces.vision_cache runs the vision tower where data is loaded, and workers cannot use the GPU: "
-                "take train.cache_vision in its place, or set train.workers=0"
+                "traces.vision_cache runs the vision tower where data is loaded, and workers cannot use the GPU: fill "
+                "it before the run (laavit.data.cached_features), or set train.workers=0"
             )
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork, and it says so
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores, processes = cores_and_processes()
         if settings.workers * processes > cores:
             logger.warning(
                 "train.workers: %d for each of %d processes here, on %d cores; fewer may be faster",

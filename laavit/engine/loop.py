@@ -12,7 +12,10 @@ from mmengine.registry import LOOPS
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor
 
+from laavit.engine.checkpoint import latest_checkpoint
 from laavit.engine.normalisation import add_shares
+from laavit.engine.settings import TrainingStopped
+from laavit.registry import UserError, sentence
 
 
 def sample_ids(data: Any) -> list[str]:
@@ -67,9 +70,19 @@ class StepLoop(IterBasedTrainLoop):
         return self.runner.model
 
     def _micro_batches(self) -> list[Any]:
-        """The next step's micro-batches, all of them: the losses of each depend on what the others hold."""
+        """The next step's micro-batches, all of them: the losses of each depend on what the others hold.
+
+        Raises:
+            TrainingStopped: a sample cannot be loaded.
+        """
         before = time.perf_counter()
-        batches = [next(self.dataloader_iterator) for _ in range(self.accumulate)]
+        try:
+            batches = [next(self.dataloader_iterator) for _ in range(self.accumulate)]
+        except UserError as error:
+            raise TrainingStopped(
+                f"step {self._iter}: {sentence(error)}; once that is mended --resume goes on; last checkpoint: "
+                f"{latest_checkpoint(self.runner.work_dir) or 'none yet'}"
+            ) from error
         self.data_seconds = time.perf_counter() - before
         model = self.runner.model.module if is_model_wrapper(self.runner.model) else self.runner.model
         add_shares(model, batches, self.runner.optim_wrapper.device)

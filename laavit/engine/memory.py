@@ -17,8 +17,8 @@ from laavit.registry import MISTAKES, UserError
 
 #: how PyTorch says it where it raises a plain RuntimeError: on the CPU, and inside cuBLAS
 PHRASES = ("DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-#: and what remains of a data worker that the system has ended for it
-WORKER = "killed by signal"
+#: how it begins to say that a data worker has ended, as one does that the system ends for want of memory
+WORKER = "DataLoader worker (pid"
 
 logger = logging.getLogger("laavit.engine")
 
@@ -27,27 +27,40 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory is used up, on a GPU or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in (*PHRASES, WORKER))
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
+
+
+def worker_end(error: BaseException) -> str | None:
+    """How a data worker has ended, where an exception says that one has.
+
+    torch says how in the middle of something else, or behind another exception where it was waiting for the worker.
+    """
+    said = [str(each) for each in (error.__cause__, error) if str(each).startswith(WORKER)]
+    return " ".join(said[0].partition(". ")[0].split()) if said else None
 
 
 @contextmanager
 def told_out_of_memory(runner: Any, settings: TrainSettings) -> Iterator[None]:
-    """Turn what a step raises for want of memory into a ``TrainingStopped``; checkpoints are as they were."""
+    """Turn what a step raises for want of memory, or because a data worker has ended, into a ``TrainingStopped``.
+
+    Checkpoints are as they were.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        said = " ".join(str(error).split())
-        if WORKER in said:
-            freeing = "lower train.workers or train.prefetch, which each keep batches in main memory"
+        ended = worker_end(error)
+        if ended is not None:
+            told = (
+                f"{ended}; where the system ended it for want of memory, lower train.workers or train.prefetch, which "
+                "each keep batches in main memory; train.workers=0 shows any other cause"
+            )
+        elif is_out_of_memory(error):
+            said = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
+            told = f"out of memory ({said}); {cures(Path(runner.work_dir) / 'recipe.json', settings)}"
         else:
-            freeing = cures(Path(runner.work_dir) / "recipe.json", settings)
+            raise
         before = latest_checkpoint(runner.work_dir)
-        raise TrainingStopped(
-            f"step {runner.iter}: out of memory ({said.partition('. ')[0] or type(error).__name__}); {freeing}; "
-            f"last checkpoint: {before or 'none yet'}"
-        ) from error
+        raise TrainingStopped(f"step {runner.iter}: {told}; last checkpoint: {before or 'none yet'}") from error
 
 
 def cures(recipe_file: Path, settings: TrainSettings) -> str:

@@ -46,7 +46,8 @@ class TrainSettings:
             together; not read where ``tokens`` is given.
         tokens: about the most tokens of one optimizer step, over all micro-batches and processes together, in place of
             a number of samples; each micro-batch gets its even share, a sample more or less. 0: ``batch_size`` counts.
-        bucketing: steps whose samples are sorted by length and then cut into steps of like lengths; 0 sorts nothing.
+        bucketing: steps whose samples are sorted by length and then cut into steps of like lengths, and these into
+            micro-batches of like lengths (1: into these alone); 0 sorts nothing.
         accumulate: micro-batches of one step. However a step is split over micro-batches and processes, each of its
             losses is a mean over all of its tokens or samples.
         grouped: put all samples of one group into one batch, for example all questions about one image; the data set
@@ -169,6 +170,8 @@ class TrainSettings:
             best_rule(self.keep_best)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas: got {self.betas}; allowed: two numbers from 0 to below 1")
+        if self.kernels == "liger" and self.loss_rows:
+            raise UserError("train.loss_rows: Liger's fused loss keeps no logits anyway; set train.loss_rows=0")
         choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "packing": PACKINGS, "on_divergence": REACTIONS}
         choices |= {"checkpoint_format": FORMATS, "kernels": KERNELS}
         for name, allowed in choices.items():

@@ -109,3 +109,11 @@ def test_an_order_of_its_own_for_every_window() -> None:
     lengths = UnitLengths.of(LENGTHS, [[i] for i in range(60)], shared=False, packed=False)
     first, second = (sorted_steps(lengths, range(60), 10, 0, number) for number in range(2))
     assert sorted(first) == sorted(second) and first != second
+
+
+def test_a_window_of_one_step_sorts_its_micro_batches_alone() -> None:
+    plain, sorted_ = (sampler(lengths=lengths, window=1, accumulate=4) for lengths in (None, LENGTHS))
+    for step in range(5):
+        assert sorted(chain(*plain.batch(step))) == sorted(chain(*sorted_.batch(step)))
+        parts = [[int(WHOLE[i]) for i in sorted_.micro_batch(step, part)] for part in range(4)]
+        assert all(len(part) == 2 for part in parts) and all(min(a) >= max(b) for a, b in pairwise(parts))

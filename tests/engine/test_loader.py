@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from laavit.engine.hooks.data_wait import DataWaitHook
+from laavit.engine.hooks import data_wait
+from laavit.engine.hooks.data_wait import DataWaitHook, cure
 from laavit.engine.loader import build_loader
 from laavit.engine.settings import TrainSettings
 from laavit.registry import UserError
@@ -46,11 +47,13 @@ def test_on_a_gpu_batches_are_pinned_and_no_worker_runs_a_model() -> None:
     gpu = torch.device("cuda", 0)
     assert build_loader(Numbers(), ORDER, list, TrainSettings(), gpu).pin_memory
     data = Numbers()
-    data.cache = object()  # type: ignore[attr-defined]
+    data.cache = SimpleNamespace(filled=False)  # type: ignore[attr-defined]
     build_loader(data, ORDER, list, TrainSettings(), gpu)
     build_loader(data, ORDER, list, TrainSettings(workers=1), torch.device("cpu"))
-    with pytest.raises(UserError, match=r"take train\.cache_vision in its place, or set train\.workers=0"):
+    with pytest.raises(UserError, match=r"fill it before the run .*, or set train\.workers=0"):
         build_loader(data, ORDER, list, TrainSettings(workers=1), gpu)
+    data.cache = SimpleNamespace(filled=True)  # type: ignore[attr-defined]
+    build_loader(data, ORDER, list, TrainSettings(workers=1), gpu)
 
 
 def test_more_workers_than_cores_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -100,9 +103,28 @@ def test_waiting_is_told_once_with_the_cure(
     assert len(caplog.records) == told
     if told:
         assert "waited for data 6 % of the last 10 steps" in caplog.text
-        assert "train.workers, now 3" in caplog.text and "train.cache_vision" in caplog.text
-    cached = DataWaitHook(TrainSettings(cache_vision=64)).cure
-    assert "train.cache_vision" not in cached and "student.max_pixels" in cached
+        assert "train.workers" in caplog.text and "student.max_pixels" in caplog.text
+
+
+def test_the_cure_is_for_the_run_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_wait, "cores_and_processes", lambda: (16, 4))
+    family = SimpleNamespace(takes_features=True)
+    data = SimpleNamespace(builder=SimpleNamespace(family=family), cache=None, keeps=False)
+
+    def told(workers: int = 0, epochs: float = 3, **more: Any) -> str:
+        return cure(TrainSettings(workers=workers), SimpleNamespace(**{**vars(data), **more}), epochs)
+
+    assert "more workers (train.workers, now 0; here are 4 cores for each process" in told()
+    assert "more workers" in told(workers=3) and "more workers" not in told(workers=4)
+    assert "more cores (train.workers is 4" in told(workers=4)
+    assert "traces.vision_cache (for a frozen tower) and traces.keep" in told()
+    has_cache = told(cache=object())  # named only where it is not taken yet
+    assert "vision_cache" not in has_cache and "traces.keep" in has_cache
+    blind = SimpleNamespace(family=SimpleNamespace(takes_features=False))
+    for nothing_kept in (told(epochs=1), told(cache=object(), keeps=True), told(builder=blind)):
+        assert "traces." not in nothing_kept and nothing_kept.endswith("smaller images (student.max_pixels)")
+    assert "cache_vision" not in told()  # it spares the tower, which nobody waits for here
+    assert cure(TrainSettings(), None, 9).endswith("student.max_pixels)")
 
 
 def test_a_run_logs_the_share_and_its_bits_do_not_depend_on_workers(lab: Any, tmp_path: Any) -> None:
@@ -120,3 +142,5 @@ def test_settings_are_checked() -> None:
         TrainSettings(prefetch=0)
     with pytest.raises(UserError, match=r"train\.cache_vision: got -1"):
         TrainSettings(cache_vision=-1)
+    with pytest.raises(UserError, match=r"train\.loss_rows: Liger's fused loss .*loss_rows=0"):
+        TrainSettings(kernels="liger", loss_rows=8)

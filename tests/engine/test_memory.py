@@ -1,8 +1,12 @@
+import os
+import signal
+
 import pytest
 import torch
 
 from laavit.engine import TrainingStopped, latest_checkpoint, memory
 from laavit.engine.memory import is_out_of_memory, levers
+from laavit.registry import UserError
 
 
 class Greedy:
@@ -46,6 +50,42 @@ def test_a_killed_data_worker_is_told_as_one(lab, tmp_path):
     error = RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
     with pytest.raises(TrainingStopped, match=r"lower train.workers or train.prefetch"):
         lab.run(tmp_path, model=Greedy.of(lab, error, 1))
+
+
+@pytest.mark.parametrize("how, said", [("kill", "killed by signal: Killed"), ("leave", "exit code 3")])
+def test_a_data_worker_that_ends_is_told_with_the_last_checkpoint(lab, tmp_path, how, said):
+    """As torch really tells it."""
+
+    class Data(lab.FakeData):
+        ending = False
+
+        def __getitem__(self, index):
+            if self.ending:
+                os.kill(os.getpid(), signal.SIGKILL) if how == "kill" else os._exit(3)
+            return super().__getitem__(index)
+
+    lab.run(tmp_path, steps=4)
+    data = Data()
+    data.ending = True
+    with pytest.raises(TrainingStopped, match=rf"step 4: DataLoader worker .*{said}; .*lower.*iter_000004"):
+        lab.run(tmp_path, data=data, workers=1, steps=8, resume=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_loaded_is_told_in_a_sentence(lab, tmp_path, workers):
+    """An image that went away in the middle of a run."""
+
+    class Data(lab.FakeData):
+        def __getitem__(self, index):
+            raise UserError("the image 'a.png' cannot be read: it: does not exist")
+
+    lab.run(tmp_path, steps=4)
+    with pytest.raises(TrainingStopped) as told:
+        lab.run(tmp_path, data=Data(), workers=workers, steps=8, resume=True)
+    sentence = str(told.value)
+    assert sentence.startswith("step 4: the image 'a.png' cannot be read: it: does not exist; ")
+    assert sentence.endswith("iter_000004") and "\n" not in sentence
+    lab.run(tmp_path, steps=8, resume=True)
 
 
 def test_levers_that_are_pulled_already_are_left_out(lab):

@@ -25,6 +25,8 @@ class Strategy(ABC):
     autocasts = True
     #: joins the other processes even where there are none
     always_joins = False
+    #: whether processes hold shares of the weights, which none can use alone
+    shares_weights = False
 
     def check(self, settings: TrainSettings, device: torch.device, world_size: int) -> None:  # noqa: B027
         """Called before anything is written.

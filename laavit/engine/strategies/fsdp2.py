@@ -131,6 +131,7 @@ class FSDP2(Strategy):
 
     autocasts = False
     always_joins = True
+    shares_weights = True
 
     def __init__(
         self,
