@@ -47,6 +47,20 @@ def test_wrong_flags_exit_2() -> None:
     assert bench("--batch", "0", script="evaluation.py").returncode == 2
     assert bench("--megabytes", "3", script="checkpoint.py").returncode == 2
     assert bench("--ways", "padded", script="train.py").returncode == 2
+    assert bench("--rows", "0", script="loss.py").returncode == 2
+
+
+def test_a_loss_part_by_part_is_compared_with_all_logits(tmp_path: Path) -> None:
+    """The script stops if a way gives another loss or gradient."""
+    out = tmp_path / "loss.json"
+    words = ["--tokens", "256", "--vocabulary", "16384", "--width", "32", "--rows", "16", "--repeats", "1"]
+    done = bench(*words, "--out", str(out), script="loss.py")
+    assert done.returncode == 0, done.stderr
+    stock, whole, parts = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [stock["way"], whole["way"], parts["way"]] == ["every position", "all at once", "16"]
+    assert whole["figure"] == pytest.approx(stock["figure"], rel=1e-4) and whole["memory_ratio"] == 1
+    assert stock["memory_ratio"] > 1.5 and parts["memory_ratio"] < 0.5
+    assert "| of 16 rows |" in done.stdout
 
 
 def test_a_small_extraction_is_compared_with_the_straightforward_one(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ BENCH = {
     "evaluation.py": "--quick",
     "train.py": "--tokens 16 36 --layers 1 --repeats 1 --ways best padded",
     "extract.py": "--quick",
+    "loss.py": "--tokens 16 --vocabulary 512 --rows 4 --repeats 1",
     "reader.py": "--records 300",
     "training.py": "--tokens 64 --repeats 1 --families qwen2_5_vl --ways sft lavit",
 }
