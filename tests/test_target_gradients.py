@@ -1,10 +1,13 @@
 """With the tiny Qwen2.5-VL: what each target asks of the student, and which ask nothing."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from laavit.engine import normalisation
+from laavit.engine.hooks import target_gradients
 from laavit.engine.hooks.gradient_norms import GradientNormHook, named_parts
 from laavit.engine.hooks.target_gradients import PATIENCE, TargetGradientHook
 from laavit.engine.settings import TrainSettings
@@ -23,9 +26,16 @@ def step(hook, model, batch, number=0, backward=True):
     if backward:
         model.zero_grad(set_to_none=True)
         outputs["loss"].backward()
+    return outputs, figures_of(hook, runner, number)
+
+
+def figures_of(hook, runner, number=0):
+    """What the hook adds to the log of a single process."""
     figures = {}
     hook.after_train_iter(runner, number, outputs=figures)
-    return outputs, {name: float(value) for name, value in figures.items()}
+    figures = {name: float(value) for name, value in figures.items()}
+    hook.before_log(runner, figures)
+    return figures
 
 
 def test_norms_are_those_of_the_weighted_loss_at_the_students_states_and_rows(lab, samples):
@@ -42,6 +52,31 @@ def test_norms_are_those_of_the_weighted_loss_at_the_students_states_and_rows(la
     loss = 0.3 * model.targets["concept"](output, batch.roles, batch.targets["concept"])
     norm = torch.autograd.grad(loss, output.hidden)[0].norm()
     assert found["target_grad/concept"] == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_norms_are_the_same_however_a_step_is_split(lab, samples, monkeypatch, world):
+    model = lab.model({"concept": ConceptTarget(0.3), "trajectory": TrajectoryTarget(0.7)})
+    samples = [*samples, *samples][:3]
+    _, whole = step(TargetGradientHook(SETTINGS), model, lab.batch(model, samples))
+    parts = [{"batch": lab.batch(model, some)} for some in (samples[:1], samples[1:])]
+    normalisation.add_shares(model, parts, torch.device("cpu"))  # as one process would give, for two micro-batches
+    monkeypatch.setattr(target_gradients, "rank_and_world", lambda: (0, world))
+    runner = SimpleNamespace(model=model, iter=0)
+    squares = []
+    for each in (parts,) if world == 1 else [[part] for part in parts]:
+        hook = TargetGradientHook(replace(SETTINGS, accumulate=len(each)))
+        hook.before_train(runner)
+        hook.before_train_iter(runner, 0)
+        for part in each:
+            hook.before_micro_batch(runner, part)
+            model(**part)
+        outputs = {}
+        hook.after_train_iter(runner, 0, outputs=outputs)
+        squares.append(outputs)
+    means = {name: float(sum(each[name] for each in squares)) / world for name in squares[0]}
+    hook.before_log(runner, means)
+    assert means == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_step_has_the_same_bits_with_it_and_without(lab, samples):

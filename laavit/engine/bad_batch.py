@@ -41,12 +41,6 @@ def step_folder(work_dir: Path, step: int) -> Path:
     return work_dir / FOLDER / f"step_{step:06d}"
 
 
-def skipped_before(work_dir: Path, step: int) -> int:
-    """How many steps before ``step`` this run has kept, and hence skipped."""
-    kept = (path.name.removeprefix("step_") for path in (work_dir / FOLDER).glob("step_*"))
-    return sum(name.isdigit() and int(name) < step for name in kept)
-
-
 def write_bad_batch(folder: Path, rank: int, bad: BadBatch) -> None:
     """Write ``rank_N.safetensors`` and ``rank_N.json``.
 

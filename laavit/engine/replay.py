@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from laavit.engine.bad_batch import BadBatch, read_bad_batches
 from laavit.engine.checkpoint import all_checkpoints
+from laavit.engine.loop import sample_ids
 from laavit.engine.resuming import load_weights
 from laavit.engine.settings import TrainSettings
 
@@ -65,7 +66,7 @@ def replay(model: Any, folder: Path, settings: TrainSettings, device: torch.devi
     """
     kept = read_bad_batches(folder)
     step = next(iter(kept.values())).facts["step"]
-    checkpoint = checkpoint_before(folder.parent.parent, step)
+    checkpoint = checkpoint_before(folder.resolve().parent.parent, step)
     if checkpoint is not None:
         load_weights(model, checkpoint)
     logger.info("step %d with the weights of %s", step, checkpoint or "the recipe's start")
@@ -92,9 +93,7 @@ def _replayed(model: Any, bad: BadBatch, settings: TrainSettings, device: torch.
             outputs["loss"].backward()
             broken = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             figures = {name: float(value.detach()) for name, value in outputs.items()}
-            parts = batch.values() if isinstance(batch, dict) else [batch]
-            ids = [str(getattr(sample, "id", sample)) for part in parts for sample in getattr(part, "samples", ())]
-            yield {"samples": ids, "figures": figures, "modules": modules, "parameters": broken}
+            yield {"samples": sample_ids(batch), "figures": figures, "modules": modules, "parameters": broken}
     model.zero_grad(set_to_none=True)
 
 

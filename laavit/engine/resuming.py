@@ -143,6 +143,7 @@ def restorer(checkpoint: Path, named: NamedParameters, device: torch.device) -> 
         tensors = read_optimizer(checkpoint, named) if is_sharded(checkpoint) else progress.optimizer
         load_optimizer_state(runner.optim_wrapper.optimizer, named, tensors)
         runner.param_schedulers[0].load_state_dict(progress.state["scheduler"])
+        runner.skipped = progress.state.get("skipped", 0)
         if not random_state.restore(progress.random, device):
             logger.warning("resuming with another number of processes, so not to the same bits")
         logger.info("resumed at step %d from %s", progress.step, checkpoint)

@@ -6,6 +6,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 
 from laavit.engine.buckets import sample_lengths
 from laavit.engine.checkpoint import latest_checkpoint
-from laavit.engine.distributed import pick_device, process_group, rank_and_world
+from laavit.engine.distributed import any_process, pick_device, process_group, rank_and_world
 from laavit.engine.environment import describe
 from laavit.engine.hooks import (
     CheckpointHook,
@@ -34,6 +35,7 @@ from laavit.engine.hooks import (
 from laavit.engine.hooks.log import FILE, truncate_log
 from laavit.engine.kernels import use_kernels
 from laavit.engine.loader import build_loader
+from laavit.engine.lock import only_run
 from laavit.engine.loop import StepLoop
 from laavit.engine.memory import told_out_of_memory
 from laavit.engine.optim import StepOptimWrapper, build_adamw, unique_parameters
@@ -150,19 +152,21 @@ def train(
         strategy: how the model is spread over the processes; None: ``strategy_for``.
 
     Raises:
-        UserError: the folder holds a run and ``resume`` is not set, or that run had other data, or a setting does not
-        fit, or a strategy the number of processes. TrainingStopped: the loss is not finite, or a checkpoint cannot be
-        written.
+        UserError: the folder holds a run and ``resume`` is not set, or another process trains in it, or that run had
+        other data, or a setting does not fit, or a strategy the number of processes. TrainingStopped: the loss is not
+        finite, or a checkpoint cannot be written.
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = pick_device(settings.device)
     work_dir = Path(work_dir).resolve()
-    with process_group(device, strategy is not None and strategy.always_joins, settings.stall_minutes):
+    joins = strategy is not None and strategy.always_joins
+    with process_group(device, joins, settings.stall_minutes), ExitStack() as held:
         rank, world_size = rank_and_world()
         strategy = strategy_for(strategy, world_size)
         strategy.check(settings, device, world_size)
         sampler = _sampler(dataset, settings, rank, world_size, device)
+        held.enter_context(only_run(work_dir))
         start_from = starting_point(work_dir, resume, rank, device)
         if start_from is not None:
             sampler.start = check_resumable(start_from, settings, sampler)
@@ -170,6 +174,7 @@ def train(
         if rank == 0:
             environment = describe(device, world_size, settings.seed, extra_environment or {})
             _write_headers(work_dir, recipe_dump, {**environment, "resumed_at": sampler.start}, sampler.start)
+        any_process(False, device)  # nobody reads the log before it is cut to the step that is resumed
         if start_from is None or sampler.start < settings.steps:
             more = (recipe_dump, sampler, device, start_from, hooks, strategy)
             _run(model, dataset, collate, settings, work_dir, *more)

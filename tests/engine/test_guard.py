@@ -1,5 +1,6 @@
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +105,24 @@ def test_a_run_cut_after_a_skipped_step_resumes_to_the_same_bits_and_counts_on(l
         lab.run(tmp_path / "cut", data=data, skip_nonfinite=1, resume=True)
     resumed = lab.run(tmp_path / "cut", data=data, skip_nonfinite=2, resume=True)
     assert lab.bits(resumed.last) == lab.bits(whole.last)
+
+
+def test_a_step_that_was_kept_and_then_made_counts_as_no_skipped_one(lab, tmp_path):
+    with pytest.raises(TrainingStopped, match="step 5: the loss is nan"):
+        lab.run(tmp_path, data=lab.FakeData(poison=poison_of(5)))
+    lab.run(tmp_path, resume=True)  # mended; step 5 stays under bad_batches/, to be looked at
+    lab.run(tmp_path, resume=True, steps=14, skip_nonfinite=1)
+    assert (tmp_path / "bad_batches" / "step_000005").is_dir()
+    assert log(tmp_path)[-1]["iter"] == 14 and log(tmp_path)[-1]["skipped"] == 0
+
+
+def test_a_kept_batch_is_replayed_from_inside_its_own_folder_too(lab, tmp_path, monkeypatch, caplog):
+    with pytest.raises(TrainingStopped):
+        lab.run(tmp_path, data=lab.FakeData(poison=poison_of(5)))
+    monkeypatch.chdir(tmp_path / "bad_batches")
+    with caplog.at_level(logging.INFO, logger="laavit.engine"):
+        replay(lab.FakeModel(python_noise=False), Path("step_000005"), lab.settings(), torch.device("cpu"))
+    assert "iter_000004" in caplog.text and "recipe's start" not in caplog.text
 
 
 def test_a_kept_batch_is_no_pickle_and_replays_to_what_was_not_finite(lab, tmp_path, caplog):

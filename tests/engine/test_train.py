@@ -25,7 +25,7 @@ def test_a_run_leaves_what_is_needed_to_repeat_it(lab, tmp_path):
     made = lab.run(tmp_path, tensorboard=True)
     assert made.last == tmp_path / "checkpoints" / "iter_000012"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        *["checkpoints", "environment.json", "log.jsonl", "recipe.json", "tensorboard"]
+        *[".lock", "checkpoints", "environment.json", "log.jsonl", "recipe.json", "tensorboard"]
     ]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["iter_000008", "iter_000012"]  # keep_last
     assert sorted(p.name for p in made.last.iterdir()) == [

@@ -43,6 +43,7 @@ class CheckpointHook(Hook):
     ) -> None:
         self.settings, self.named, self.strategy, self.about = settings, named, strategy, about
         self.saver: Saver | None = None
+        self.told = False
 
     def before_train(self, runner: Any) -> None:
         """Is there room for what this run will write?"""
@@ -81,6 +82,7 @@ class CheckpointHook(Hook):
             "world_size": world,
             "settings": self.settings.as_dict(),
             "figures": self._figures(runner),
+            "skipped": getattr(runner, "skipped", 0),
         }
         random = random_state.capture(device)
         optimizer = optimizer_state(runner.optim_wrapper.optimizer, self.named)
@@ -122,6 +124,9 @@ class CheckpointHook(Hook):
         name, _ = best_rule(self.settings.keep_best)
         logged = getattr(runner, "figures", {})
         if logged.get(name) is None:
-            logger.warning("train.keep_best: no '%s' in the last logged figures; %s", name, nearest(name, list(logged)))
+            if not self.told:
+                found = nearest(name, list(logged))
+                logger.warning("train.keep_best: no '%s' in the last logged figures; %s", name, found)
+            self.told = True
             return {}
         return {name: float(logged[name])}

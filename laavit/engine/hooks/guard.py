@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from safetensors import SafetensorError
 from torch import Tensor
 
-from laavit.engine.bad_batch import BadBatch, skipped_before, step_folder, write_bad_batch
+from laavit.engine.bad_batch import BadBatch, step_folder, write_bad_batch
 from laavit.engine.checkpoint import latest_checkpoint
 from laavit.engine.distributed import any_process, rank_and_world
 from laavit.engine.loop import sample_ids
@@ -19,7 +19,8 @@ from laavit.engine.settings import TrainingStopped
 
 SHOWN = 8
 
-logger = logging.getLogger("laavit.engine")
+#: of its own: every process tells of its own samples, while all else is told by process 0 alone
+logger = logging.getLogger("laavit.engine.guard")
 
 
 class GuardHook(Hook):
@@ -42,7 +43,7 @@ class GuardHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Stand before the optimizer."""
         self.runner = runner
-        self.skipped = skipped_before(Path(runner.work_dir), runner.iter)
+        self.skipped = runner.skipped = getattr(runner, "skipped", 0)  # of the checkpoint that it goes on from
         runner.optim_wrapper.guard = self.check
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -82,7 +83,7 @@ class GuardHook(Hook):
         kept = None if elsewhere else self._keep(what)
         more = f" and {len(self.ids) - SHOWN} more" if len(self.ids) > SHOWN else ""
         told = f"samples: {', '.join(self.ids[:SHOWN]) or 'unknown'}{more}; " + (f"batch: {kept}; " if kept else "")
-        self.skipped += 1
+        self.skipped = self.runner.skipped = self.skipped + 1
         if self.skipped <= self.allowed:
             logger.warning(
                 "step %d: %s; skipped, %d of %d; %s", self.runner.iter, what, self.skipped, self.allowed, told[:-2]

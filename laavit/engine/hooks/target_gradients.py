@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
+from laavit.engine.distributed import rank_and_world
 from laavit.engine.settings import TrainSettings
 from laavit.structures import StudentOutput
 
@@ -66,6 +68,10 @@ def target_gradient(target: Any, output: StudentOutput, args: tuple, kwargs: Map
 class TargetGradientHook(Hook):
     """Logs ``target_grad/<name>``; says, once a target, when it gives no gradient for ``PATIENCE`` logged steps.
 
+    States and rows of a step lie in its micro-batches and processes. The whole step's loss is the sum of each one's
+    times s / (A W) (:mod:`laavit.engine.normalisation`), and so the norm with respect to all of them is the root of the
+    sum of (s / (A W))^2 times their squared norms: the same however a step is split.
+
     Args:
         settings: which steps are logged.
     """
@@ -77,7 +83,9 @@ class TargetGradientHook(Hook):
         self.silent: Counter[str] = Counter()
         self.told: set[str] = set()
         self.handles: list[Any] = []
-        self.norms: dict[str, Tensor] = {}
+        #: of each target, the sum over this process's micro-batches of their squared norms
+        self.squares: dict[str, Tensor] = {}
+        self.shares: Mapping[str, Tensor] = {}
         self.connected: dict[str, bool] = {}
 
     def before_train(self, runner: Any) -> None:
@@ -87,30 +95,41 @@ class TargetGradientHook(Hook):
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """On a step that will be logged, listen to what the targets are given."""
-        self.norms, self.connected = {}, {}
+        self.squares, self.connected = {}, {}
         if self.settings.logs(batch_idx + 1):
             self.handles = [
                 target.register_forward_pre_hook(self._listener(name), with_kwargs=True)
                 for name, target in self.targets.items()
             ]
 
+    def before_micro_batch(self, runner: Any, data_batch: Any) -> None:
+        """What each loss counts among those of the step's other micro-batches."""
+        self.shares = data_batch.get("shares", {}) if isinstance(data_batch, dict) else {}
+
     def _listener(self, name: str) -> Any:
         def listen(target: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if not (torch.is_grad_enabled() and target.training):
                 return
             norm, connected = target_gradient(target, args[0], args[1:], kwargs)
-            self.norms[name] = torch.maximum(norm, self.norms[name]) if name in self.norms else norm
+            part = norm.double() * self.shares.get(name, 1.0) / (self.settings.accumulate * rank_and_world()[1])
+            self.squares[name] = self.squares.get(name, 0.0) + part.square()
             self.connected[name] = connected or self.connected.get(name, False)
 
         return listen
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Hand the norms to the log."""
+        """Hand the squares to the log, which takes their mean over processes."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
         if outputs is not None:
-            outputs.update({f"{PREFIX}{name}": norm for name, norm in self.norms.items()})
+            outputs.update({f"{PREFIX}{name}": square for name, square in self.squares.items()})
+
+    def before_log(self, runner: Any, record: dict[str, Any]) -> None:
+        """The norm over all processes."""
+        for name in self.squares:
+            mean = record[f"{PREFIX}{name}"]
+            record[f"{PREFIX}{name}"] = None if mean is None else math.sqrt(mean * rank_and_world()[1])
 
     def after_log(self, runner: Any, record: dict[str, Any]) -> None:
         """Count the steps without a gradient (in all processes, which the log's figures are means of)."""
