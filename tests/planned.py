@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,17 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
 def step_of(shaped: Shaped, size: int, checkpointing: bool = False, load: planning.Load = LOAD) -> Step:
     """A training step of so many samples; without their way through the tower, as cached features have it."""
     passes = planning.passes_of(shaped, size, load)
-    return training_step(shaped, passes.items, passes.vision.features, load, checkpointing)
+    return training_step(shaped, passes.items, passes.vision(False).features, load, checkpointing)
+
+
+@lru_cache
+def _planned(folder: Path, gpus: int) -> dict[str, Any]:
+    return planning.make_plan(recipe_of(folder), replace(LOAD, gpus=gpus))
+
+
+def plan_of(folder: Path, gpus: int = 1) -> dict[str, Any]:
+    """The plan of ``recipe_of(folder)``, worked out once for all tests."""
+    return copy.deepcopy(_planned(folder, gpus))
 
 
 def memory_of(found: dict[str, Any], way: str = "single") -> dict[str, int]:

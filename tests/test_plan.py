@@ -1,4 +1,4 @@
-"""laavit plan: published counts, tiny folders, what users get wrong, and its memory against a measured step."""
+"""laavit plan: published counts, tiny folders, and what users get wrong."""
 
 from __future__ import annotations
 
@@ -8,30 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from families import FAMILY_NAMES, tiny
 from families.parts import spread, tokenizer
-from planned import LOAD, memory_of, recipe_of, step_of
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
+from planned import LOAD, memory_of, plan_of, recipe_of, step_of
+from transformers import AutoConfig, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
 
-from laavit.backbones import Backbone, PromptSettings, collate
+from laavit.backbones import Backbone, PromptSettings
 from laavit.cli import main
 from laavit.commands.plan import memory_size
 from laavit.engine import plan as planning
+from laavit.engine.examples import example_trace
 from laavit.engine.planning import models
-from laavit.engine.planning.models import Shaped
-from laavit.engine.planning.passes import extraction_pass, prepared_targets, training_step
+from laavit.engine.planning.passes import extraction_pass, training_step
 from laavit.engine.shapes import blueprint, bytes_of, fake_mode, parameters_by_part, published_names, shaped_backbone
-from laavit.engine.strategies import enable_gradient_checkpointing
-from laavit.model import LaViT, build_model
+from laavit.model import build_model
 from laavit.recipe import load_recipe
 from laavit.registry import UserError
 from laavit.structures import Sample, Tile
+from laavit.traces.schema import encode
 from laavit.traces.store import TraceWriter
-
-#: what the meter may differ by from the allocator's own account of the same step
-TOLERANCE = 0.02
 
 
 @pytest.mark.parametrize("name", sorted(published_names()))
@@ -56,14 +51,13 @@ def test_the_paper_s_model_fits_its_parts() -> None:
     passes = planning.passes_of(shaped, 1, load)
     (item,) = passes.items
     assert item.spans[0].tile.cells == 1280 and len(item.input_ids) == 1280 + 128 + 16 + 5
-    step = training_step(shaped, passes.items, passes.vision.features, load)
+    step = training_step(shaped, passes.items, passes.vision(False).features, load)
     assert step.losses == ("ntp", "concept", "trajectory") and step.unreached == ()
     assert step.gradients == 4 * sum(part["trainable"] for part in counts.values())
 
 
 def test_a_tiny_folder_is_planned_as_it_is_built(tiny_folder: Path) -> None:
-    recipe = recipe_of(tiny_folder)
-    found = planning.make_plan(recipe, LOAD)
+    recipe, found = recipe_of(tiny_folder), plan_of(tiny_folder)
     real = build_model(recipe, {"width": 32, "depth": 3})
     assert found["total"]["all"] == sum(p.numel() for p in real.parameters())
     assert found["total"]["trainable"] == sum(p.numel() for _, p in real.trainable_parameters())
@@ -86,13 +80,24 @@ def test_adapters_are_planned_as_they_are_built(tiny_folder: Path) -> None:
     assert found["total"]["trainable"] == sum(p.numel() for p in learned)
     assert found["parameters"]["adapters"]["trainable"] == sum(p.numel() for p in learned if p.ndim > 1) - 2 * 32 * 32
     assert found["step"]["without_gradient"] == []
-    whole, own = memory_of(planning.make_plan(recipe_of(tiny_folder), LOAD)), memory_of(found)
+    whole, own = memory_of(plan_of(tiny_folder)), memory_of(found)
     assert own["optimizer"] == 2 * bytes_of(learned) < whole["optimizer"] / 2
     assert own["weights"] > whole["weights"]
     assert found["run"]["checkpoint"] == 3 * bytes_of(learned)  # adapters alone, and what AdamW keeps of them
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILY_NAMES if name not in ("qwen2_5_vl", "qwen3_vl_moe")])
+#: one that looks both ways within an image, one that cuts images into tiles; the others are slow in their number alone
+FAMILIES = ("gemma3", "llava_onevision")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILY_NAMES
+        if name not in ("qwen2_5_vl", "qwen3_vl_moe")
+    ],
+)
 def test_every_family_is_planned_as_it_is_built(family: str, tmp_path: Path) -> None:
     recipe = recipe_of(tiny(family, tmp_path), train={"steps": 10, "batch_size": 2})
     found = planning.make_plan(recipe, planning.Load(text=40, answer=4))
@@ -124,6 +129,11 @@ def test_an_image_of_a_given_size(tiny_folder: Path, tmp_path: Path) -> None:
     """48 x 32 pixels: 3 x 2 tokens where the area decides; a processor's tiles where it does."""
     small = planning.Load(text=24, answer=4, image=(48, 32))
     assert planning.shape_models(recipe_of(tiny_folder)).example("student", small).spans[0].tile == Tile(2, 3)
+    least = {"name": "hf", "path": str(tiny_folder), "min_pixels": 96 * 64}
+    bounded = planning.shape_models(recipe_of(tiny_folder, student=least))
+    assert bounded.example("student", small).spans[0].tile == Tile(4, 6)  # scaled up, as training does
+    with pytest.raises(UserError, match=r"--image: got 4000x10: .*aspect ratio"):
+        bounded.example("student", replace(small, image=(4000, 10)))
     shaped = planning.shape_models(recipe_of(tiny("internvl", tmp_path)))
     few, most = (len(shaped.example("student", load).spans) for load in (replace(small, image=(8, 8)), LOAD))
     assert few < most
@@ -131,10 +141,8 @@ def test_an_image_of_a_given_size(tiny_folder: Path, tmp_path: Path) -> None:
 
 def test_latents_that_are_fed_back_are_planned(tiny_folder: Path) -> None:
     """Each is a pass of its own: the same tokens, more of them read one by one."""
-    found, learned = (
-        planning.make_plan(recipe_of(tiny_folder, latents={"name": name, "count": 3}), LOAD)
-        for name in ("feedback", "learned")
-    )
+    learned = plan_of(tiny_folder)
+    found = planning.make_plan(recipe_of(tiny_folder, latents={"name": "feedback", "count": 3}), LOAD)
     assert found["step"]["sequence"] == learned["step"]["sequence"]
     assert found["step"]["losses"] == learned["step"]["losses"] and found["step"]["without_gradient"] == []
     one, other = (sum(each["ways"][0]["flops"].values()) for each in (found, learned))
@@ -165,24 +173,29 @@ def test_what_an_extraction_records_is_planned(tiny_folder: Path) -> None:
     settings = {"semantics": "top_k_rows", "top_k": 5, "steps": "token", "normalisation": "minmax"}
     recipe = recipe_of(tiny_folder, extract=settings, targets={"concept": "concept", "trajectory": "trajectory_steps"})
     shaped = planning.shape_models(recipe)
-    trace = extraction_pass(shaped, LOAD)["trace"]
-    assert trace == 4 * 64 * (1 + 4) + 4 * 5 * 32  # a map a token of the answer and one of all, and 5 states
+    planned = extraction_pass(shaped, LOAD)["trace"]
+    # a map a token of the answer and one of all, and 5 states with the tokens that they are of
+    assert planned == 4 * 64 * (1 + 4) + 4 * 5 * 32 + 4 * 5
     assert step_of(shaped, 1).losses == ("ntp", "concept", "trajectory")
-    whole = planning.shape_models(recipe_of(tiny_folder, extract={"semantics": "full"}))
-    assert extraction_pass(whole, LOAD)["trace"] == 4 * 64 + 4 * 64 * 32
+    whole = planning.shape_models(recipe_of(tiny_folder, extract={"semantics": "full", "semantics_dtype": "float16"}))
+    assert extraction_pass(whole, LOAD)["trace"] == 4 * 64 + 2 * 64 * 32 + 4 * 64
+    tiles = whole.example("teacher", LOAD).spans[0].tile
+    trace = example_trace((tiles,), 32, whole.recipe.build("extract").card(), whole.example("student", LOAD))
+    stored = encode(trace, None, "float16")
+    kept = sum(stored[name].nbytes for name in ("gaze_values", "gaze_indices", "semantics", "semantic_tokens"))
+    assert kept == 4 * 64 + 2 * 64 * 32 + 4 * 64
     with pytest.raises(UserError, match=r"targets\.trajectory: steps: .*extract\.steps"):
         planning.shape_models(recipe_of(tiny_folder, targets={"trajectory": "trajectory_steps"}))
 
 
 def test_emitted_latents_of_varying_number_are_planned_at_their_most(tiny_folder: Path) -> None:
     """The sequence of the largest number; logits of what is emitted come on top of the answer's."""
-    forced, emitted = (
-        recipe_of(tiny_folder, latents={"name": "learned", "count": [2, 5], "emitted": each}) for each in (False, True)
-    )
-    steps = [planning.make_plan(recipe, LOAD)["step"] for recipe in (forced, emitted)]
-    assert steps[0]["sequence"] == steps[1]["sequence"]
-    assert steps[1]["logits"] * LOAD.answer == steps[0]["logits"] * (LOAD.answer + 6)
-    assert steps[1]["losses"] == ["ntp", "emit", *steps[0]["losses"][1:]]
+    forced = plan_of(tiny_folder)["step"]
+    recipe = recipe_of(tiny_folder, latents={"name": "learned", "count": [2, 5], "emitted": True})
+    emitted = planning.make_plan(recipe, LOAD)["step"]
+    assert emitted["sequence"] == forced["sequence"] + 2  # 5 latents in place of 3
+    assert emitted["logits"] * LOAD.answer == forced["logits"] * (LOAD.answer + 6)
+    assert emitted["losses"] == ["ntp", "emit", *forced["losses"][1:]]
 
 
 def test_a_full_embedding_grows_by_latents_and_separator(tiny_folder: Path, tmp_path: Path) -> None:
@@ -195,7 +208,7 @@ def test_a_full_embedding_grows_by_latents_and_separator(tiny_folder: Path, tmp_
 
 
 def test_accumulation_and_processes_share_a_batch(tiny_folder: Path) -> None:
-    whole = planning.make_plan(recipe_of(tiny_folder), LOAD)
+    whole = plan_of(tiny_folder)
     parts = planning.make_plan(
         recipe_of(tiny_folder, train={"batch_size": 4, "accumulate": 2}), planning.Load(text=24, answer=4, gpus=2)
     )
@@ -208,11 +221,9 @@ def test_accumulation_and_processes_share_a_batch(tiny_folder: Path) -> None:
 
 
 def test_a_trained_vision_tower_costs_more(tiny_folder: Path) -> None:
-    component = {"name": "hf", "path": str(tiny_folder)}
-    found, other = (
-        planning.make_plan(recipe_of(tiny_folder, student={**component, "freeze": freeze}), LOAD)
-        for freeze in (["vision"], [])
-    )
+    found = plan_of(tiny_folder)
+    component = {"name": "hf", "path": str(tiny_folder), "freeze": []}
+    other = planning.make_plan(recipe_of(tiny_folder, student=component), LOAD)
     frozen, trained = memory_of(found), memory_of(other)
     assert trained["activations"] > frozen["activations"] and trained["optimizer"] > frozen["optimizer"]
     assert other["ways"][0]["flops"]["backward"] > found["ways"][0]["flops"]["backward"]
@@ -223,59 +234,6 @@ def test_a_trained_vision_tower_costs_more(tiny_folder: Path) -> None:
     assert "student.freeze=[vision]" not in dict(planning.levers(found))
 
 
-# --- against a measured step -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, wider and deeper, so that tensors outweigh what the allocator rounds up."""
-    folder = tmp_path_factory.mktemp("wide")
-    shutil.copytree(tiny_folder, folder, dirs_exist_ok=True)
-    config = AutoConfig.from_pretrained(tiny_folder)
-    text = config.text_config
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 128, 384, 6
-    text.layer_types = ["full_attention"] * 6
-    text.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
-    config.vision_config.out_hidden_size = 128
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    return folder
-
-
-def measured_step(model: LaViT, shaped: Shaped, size: int, precision: str) -> int:
-    """The highest number of bytes that PyTorch's CPU allocator held during one real step, over what it held before."""
-    backbone = model.student.backbone
-    item = replace(shaped.example("student", LOAD), vision={})
-    features = torch.randn(item.spans[0].tile.cells, backbone.width)
-    batch = collate([replace(item, features=features)] * size, backbone.family, 0)
-    batch.targets = prepared_targets(shaped, item, size, LOAD)
-    model.train()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            losses = model(batch)
-        losses["loss"].backward()
-    model.zero_grad(set_to_none=True)
-    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_equals_a_measured_step(wide_folder: Path, checkpointing: bool, precision: str) -> None:
-    recipe = recipe_of(wide_folder, train={"batch_size": 8, "precision": precision})
-    shaped = planning.shape_models(recipe)
-    planned = step_of(shaped, 8, checkpointing).peak
-    real = build_model(recipe, {"width": 128, "depth": 6})
-    if checkpointing:
-        enable_gradient_checkpointing(real)
-    measured = measured_step(real, shaped, 8, precision)
-    assert measured > 10e6, "too small to compare"
-    assert abs(planned - measured) <= TOLERANCE * measured, f"planned {planned:,}, measured {measured:,}"
-
-
 # --- the command, and the pixel bounds it reads ----------------------------------------------------------------------
 
 
@@ -284,10 +242,12 @@ def test_the_command_prints_tables_and_json(
 ) -> None:
     cfg = tmp_path / "cfg.py"
     cfg.write_text(f"student = dict(name='hf', path={str(tiny_folder)!r})\ntrain = dict(batch_size=2)\n")
-    assert main(["plan", str(cfg), "--memory", "8GB", "--gpu", "L4", "--mfu", "0.5"]) == 0
+    words = ["--memory", "8GB", "--gpu", "L4", "--mfu", "0.5", "--train.precision", "bf16"]
+    assert main(["plan", str(cfg), *words]) == 0
     text = capsys.readouterr().out
-    assert "AdamW states" in text and "assumed:" in text and "fits" in text and "proposed: single" in text
-    assert "hours of the run" in text and "50% of L4's peak" in text
+    assert "AdamW states" in text and "assumed:" in text and "left of 8000 MB" in text and "proposed: single" in text
+    assert "time of the run" in text and "50% of L4's peak" in text
+    assert max(len(line) for line in text.splitlines()) <= 80 and "…" not in text
     assert main(["plan", str(cfg), "--json", "--gpus", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["step"]["micro_batch"] == 1 and found["gate"] is None and found["extraction"] is None
@@ -313,7 +273,16 @@ def test_targets_without_a_teacher_and_with_a_store_of_their_own(tiny_folder: Pa
         (["--gpus", "0"], "--gpus: got 0"),
         (["--gpus", "many"], "invalid int value"),
         (["--gpu", "h10"], "no GPU is called 'h10' here; allowed:"),
+        (["--gpu", "a100-80"], "no GPU is called 'a100-80' here; allowed:"),
         (["--mfu", "40"], "--mfu: got 40.0; allowed: above 0"),
+        (["--mfu", "nan", "--gpu", "h100"], "--mfu: got nan; allowed: above 0"),
+        (["--mfu", "0.3"], "--mfu is a share of what a GPU can do: say which by --gpu"),
+        (["--memory", "80TB"], "--memory: got '80TB'"),
+        (["--dry-run", "--gpu", "h100"], "leave --memory and --gpu to the plan"),
+        (["--gpus", "3"], "train.batch_size: 16 does not divide by 3 GPUs"),
+        (["--gpus", "2", "--strategy", "single"], "--gpus 2: strategy: single trains in one process"),
+        (["--gpus", "1", "--strategy", "ddp"], "--gpus 1: strategy: ddp copies the model to several processes"),
+        (["--gpus", "8", "--strategy", "fsdp2", "--strategy.replicate", "3"], "--gpus 8: strategy.replicate: got 3"),
         (["--image", "big"], "--image: got 'big'"),
         (["--student.path", "Qwen/Qwen2.5-VL-4B-Instruct"], "did you mean 'Qwen/Qwen2.5-VL-"),
         (["--gaet", "hard"], "no such key in a recipe"),

@@ -49,11 +49,21 @@ class Load:
                 raise UserError(f"--{name}: got {getattr(self, name)}; allowed: {least} or more")
 
 
-def grid_of(config: Any, pixels: int, image: tuple[int, int] | None = None) -> tuple[int, int]:
-    """The largest near-square grid of image tokens (height, width) within an area in pixels; or an image's own."""
+def grid_of(config: Any, least: int, pixels: int, image: tuple[int, int] | None = None) -> tuple[int, int]:
+    """The largest near-square grid of image tokens (height, width) within an area in pixels; or an image's own.
+
+    Args:
+        least, pixels: bounds of the area. image: width and height in pixels.
+
+    Raises:
+        UserError: no processor takes an image of that shape.
+    """
     side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
     if image is not None:
-        height, width = smart_resize(image[1], image[0], side, side**2, pixels)
+        try:
+            height, width = smart_resize(image[1], image[0], side, least, pixels)
+        except ValueError as error:
+            raise UserError(f"--image: got {image[0]}x{image[1]}: {error}") from None
         return height // side, width // side
     count = max(pixels // side**2, 1)
     root = math.isqrt(count)
@@ -66,7 +76,7 @@ def example(
     mode: FakeTensorMode,
     layout: LatentLayout,
     load: Load,
-    pixels: int | None = None,
+    pixels: tuple[int | None, int | None] = (None, None),
     prompt: PromptSettings | None = None,
 ) -> Encoded:
     """One sample of assumed length: roles, labels, spans and positions are real, its words and pixels are not.
@@ -74,10 +84,11 @@ def example(
     Where the number of latents varies it has the most.
 
     Args:
-        pixels: the recipe's bound of an image's area. prompt: how a question is put, where a processor puts it.
+        pixels: the recipe's bounds of an image's area. prompt: how a question is put, where a processor puts it.
     """
     if plan.by_area:
-        return _by_area(backbone, grid_of(plan.config, pixels or plan.max_pixels, load.image), mode, layout, load)
+        bounds = pixels[0] or plan.min_pixels, pixels[1] or plan.max_pixels
+        return _by_area(backbone, grid_of(plan.config, *bounds, load.image), mode, layout, load)
     return _by_processor(backbone, replace(layout, least=None), load, prompt or PromptSettings())
 
 

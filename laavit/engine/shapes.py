@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from laavit.students.freezing import parameters_of
 
 #: model types whose image is one grid, its size chosen by area
 BY_AREA = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+#: least and greatest area in pixels where no processor tells: Qwen2-VL's own least, and the paper's greatest
+AREA = (56 * 56, 1_003_520)
 #: parts of a student that are counted apart; what stands between tower and decoder counts with the tower that holds it
 PARTS = ("vision", "projector", "embeddings", "head", "decoder")
 
@@ -42,8 +44,8 @@ class Blueprint:
 
     Args:
         config: its configuration. source: where that is from.
-        tokens: size of its tokenizer (the embedding may have more rows). max_pixels: its processor's own bound, where
-            it scales images by their area.
+        tokens: size of its tokenizer (the embedding may have more rows). min_pixels, max_pixels: its processor's own
+            bounds, where it scales images by their area.
         processor: the real processor, where the folder holds one. model: the model as shapes, where it was put
             together of parts.
     """
@@ -51,6 +53,7 @@ class Blueprint:
     config: PreTrainedConfig
     source: str
     tokens: int
+    min_pixels: int
     max_pixels: int
     processor: Any = None
     model: nn.Module | None = None
@@ -71,7 +74,7 @@ def blueprint(path: str) -> Blueprint:
     known, place = published(path), zoo_path(path)
     if known is not None:
         config, data = known
-        return Blueprint(config, data["source"], data["tokens"], data["max_pixels"])
+        return Blueprint(config, data["source"], data["tokens"], data["min_pixels"], data["max_pixels"])
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         raise UserError(f"the folder '{path}' holds no config.json")
     try:
@@ -94,9 +97,10 @@ def blueprint(path: str) -> Blueprint:
                 f"how a '{config.model_type}' cuts images up depends on its processor, and '{path}' has only a "
                 "configuration: put the processor's and the tokenizer's files beside it"
             ) from None
-        return Blueprint(config, place, config.get_text_config().vocab_size, 1_003_520)
-    pixels = processor.image_processor.size["longest_edge"] if config.model_type in BY_AREA else 0
-    return Blueprint(config, place, len(processor.tokenizer), int(pixels), processor)
+        return Blueprint(config, place, config.get_text_config().vocab_size, *AREA)
+    size = processor.image_processor.size if config.model_type in BY_AREA else {}
+    bounds = int(size.get("shortest_edge", 0)), int(size.get("longest_edge", 0))
+    return Blueprint(config, place, len(processor.tokenizer), *bounds, processor)
 
 
 class CountedTokenizer:
@@ -190,6 +194,16 @@ def bytes_of(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
+class Exchange(Protocol):
+    """What becomes of gradients that a ``Meter`` books apart."""
+
+    def arrived(self, parameter: Tensor, live: int) -> None:
+        """A parameter's gradient is there. live: bytes of everything else."""
+
+    def look(self, live: int) -> None:
+        """So many bytes are alive besides gradients."""
+
+
 class Meter(TorchDispatchMode):
     """Counts the bytes alive after every operation inside it, and its FLOPs; what existed before is not counted.
 
@@ -198,21 +212,26 @@ class Meter(TorchDispatchMode):
     Attributes:
         live: bytes alive now. peak: their highest so far. apart: bytes of gradients (``watch``), part of ``live``.
         peak_apart: the highest of ``live`` less the gradients. flops: by PyTorch's own formulas.
+        exchanges: who is told of each gradient that is there, and after every operation of ``live`` less the gradients.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.apart = self.peak_apart = self.flops = 0
         self._formulas = flop_counter().flop_registry
+        self.exchanges: Sequence[Exchange] = ()
         self._seen: set[int] = set()
 
-    def watch(self, parameters: Sequence[nn.Parameter]) -> None:
+    def watch(self, parameters: Sequence[nn.Parameter], exchanges: Sequence[Exchange] = ()) -> None:
         """Book the gradients of these parameters apart from everything else."""
+        self.exchanges = exchanges
 
         def booked(parameter: Tensor) -> None:
             if parameter.grad is not None and id(parameter) not in done:
                 done.add(id(parameter))
                 self.apart += bytes_of([parameter.grad])
+            for exchange in self.exchanges:
+                exchange.arrived(parameter, self.live - self.apart)
 
         done: set[int] = set()
         for parameter in parameters:
@@ -234,6 +253,8 @@ class Meter(TorchDispatchMode):
                 self._count(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
         self.peak_apart = max(self.peak_apart, self.live - self.apart)
+        for exchange in self.exchanges:
+            exchange.look(self.live - self.apart)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:

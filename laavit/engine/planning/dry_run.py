@@ -22,18 +22,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from laavit.backbones.base import collate
 from laavit.engine.examples import Load
 from laavit.engine.optim import build_adamw, unique_parameters
+from laavit.engine.planning.batches import Passes
 from laavit.engine.planning.models import shape_models
-from laavit.engine.planning.passes import (
-    about_images,
-    prepared_targets,
-    training_step,
-    vision_pass,
-    without_pixels,
-)
-from laavit.engine.planning.spread import Way, computing_in, shared_memory
+from laavit.engine.planning.passes import checkpoint, prepared_targets
+from laavit.engine.planning.spread import Way, computing_in, own_way, shared_memory
 from laavit.engine.settings import TrainSettings
 from laavit.engine.shapes import Meter
-from laavit.engine.strategies import FSDP2, enable_gradient_checkpointing, shard, shard_blocks
+from laavit.engine.strategies import FSDP2, shard, shard_blocks
 from laavit.recipe import Recipe
 from laavit.registry import UserError
 
@@ -88,39 +83,40 @@ def stored(tensors: Iterable[Tensor]) -> int:
 def dry_run(recipe: Recipe, load: Load) -> dict[str, Any]:
     """Shard the recipe's model over ``load.gpus`` processes and run a step of one sample a process.
 
+    Precision, checkpointing and what the recipe's strategy says of ``reshard_after_forward`` and ``replicate`` are the
+    recipe's. Of ``offload`` nothing is seen: shapes know one device.
+
     Returns:
-        ``world``, ``blocks`` (classes of what is gathered by itself, and how many), ``losses``, ``weights``,
+        ``world``, ``way``, ``blocks`` (classes of what is gathered by itself, and how many), ``losses``, ``weights``,
         ``gradients``, ``optimizer`` and ``peak`` in bytes, and ``planned``: the same by ``shared_memory``.
 
     Raises:
-        UserError: see ``shape_models``, ``fake_processes``.
+        UserError: see ``shape_models``, ``fake_processes``, ``own_way``.
     """
     settings: TrainSettings = recipe.build("train")
-    settings = replace(settings, batch_size=load.gpus, accumulate=1)
+    settings = replace(settings, batch_size=load.gpus, tokens=0, accumulate=1)
+    own = own_way(recipe, load.gpus)
+    way = own if own.strategy == "fsdp2" else Way("fsdp2", settings.gradient_checkpointing)
+    way = replace(way, offload=False)
     shaped = shape_models(recipe)
     model, mode, backbone = shaped.model, shaped.mode, shaped.model.student.backbone
     item = shaped.example("student", load)
-    vision = vision_pass(backbone, item, settings.precision)
+    alone = Passes(shaped, load, [item], way.shares(load.gpus))
     with computing_in(model, mode, torch.bfloat16 if settings.precision == "bf16" else torch.float32):
-        alone = about_images(without_pixels(item), 1, 1)
-        plain = replace(settings, precision="fp32")
-        step = training_step(shaped, alone, vision.features, load, settings.gradient_checkpointing, plain)
-    step = replace(step, activations=max(step.activations + vision.held, vision.peak))
-    way = Way("fsdp2", settings.gradient_checkpointing)
+        step = alone.step(way.checkpointing, "fp32", accumulate=1)
     planned = shared_memory(model, step, load.gpus, way, settings.precision, 1)
     blocks = dict[str, int]()
     for block in shard_blocks(model):
         blocks[type(block).__name__] = blocks.get(type(block).__name__, 0) + 1
-    batch = collate([item], backbone.family, 0)
+    batch = collate([item], backbone.family, 0, settings.shared_prefix, settings.packing == "pack")
     batch.targets = prepared_targets(shaped, item, 1, load)
+    checkpoint(model, way.checkpointing)
     with fake_processes(load.gpus):
-        mesh = FSDP2().mesh("cpu", load.gpus)  # of real numbers
-        if settings.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
+        mesh = FSDP2(replicate=way.replicate).mesh("cpu", load.gpus)  # of real numbers
         with mode:
-            shard(model, mesh, settings.precision)
+            shard(model, mesh, settings.precision, way.reshard)
         found = _step(model, batch, settings, mode)
-    return {"world": load.gpus, "blocks": blocks, **found, "planned": planned}
+    return {"world": load.gpus, "way": way.settings, "blocks": blocks, **found, "planned": planned}
 
 
 def _step(model: nn.Module, batch: Any, settings: TrainSettings, mode: Any) -> dict[str, Any]:
@@ -128,7 +124,6 @@ def _step(model: nn.Module, batch: Any, settings: TrainSettings, mode: Any) -> d
     assert isinstance(model, FSDPModule), "shard has been here"
     meter = ShardMeter()
     meter.ignore([p.to_local() for p in model.parameters() if isinstance(p, DTensor)] + list(model.buffers()))
-    model.train()
     with meter:
         logged = model(batch)
         logged["loss"].backward()

@@ -33,7 +33,7 @@ def levers(found: dict[str, Any]) -> list[tuple[str, int]]:
             options.append(("strategy.offload=cpu", sum(memory[part] for part in parts)))
         else:
             instead("fsdp2 + checkpointing + offload", "strategy=fsdp2, strategy.offload=cpu and checkpointing")
-    if step["micro_batch"] > 1:
+    if step["units"] % 2 == 0:  # else a batch would not divide
         less = memory["activations"] // 2
         if found["accumulate"] == 1 and strategy == "fsdp2" and not own["reduce_every"]:
             less -= found["trainable_bytes"]  # whole gradients are held between the micro-batches

@@ -21,6 +21,7 @@ MACHINES = {
     # NVIDIA A100 Tensor Core GPU datasheet (2021): 312 TFLOPS, 40 GB at 1,555 GB/s, 80 GB (SXM) at 2,039 GB/s
     "a100-40gb": Machine(40e9, 312e12, 1.555e12),
     "a100": Machine(80e9, 312e12, 2.039e12),
+    "a100-80gb": Machine(80e9, 312e12, 2.039e12),
     # NVIDIA H100 Tensor Core GPU datasheet (2023): SXM 1,979 TFLOPS with sparsity, 80 GB at 3.35 TB/s; PCIe 1,513
     # and 2 TB/s
     "h100": Machine(80e9, 989.5e12, 3.35e12),

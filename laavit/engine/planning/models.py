@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from laavit.backbones.base import Backbone
+from laavit.backbones.loading import bound_pixels
 from laavit.engine.examples import Load, example
 from laavit.engine.flops import shape_copy
 from laavit.engine.shapes import Blueprint, as_shapes, blueprint, fake_mode, shaped_backbone
@@ -35,7 +36,8 @@ class Shaped:
 
     def example(self, key: str, load: Load) -> Encoded:
         """One sample as the ``student`` or the ``teacher`` reads it."""
-        pixels, prompt = self.recipe.arguments(key).get("max_pixels"), self.recipe.build("prompt")
+        given, prompt = self.recipe.arguments(key), self.recipe.build("prompt")
+        pixels = given.get("min_pixels"), given.get("max_pixels")
         if key == "student":
             student = self.model.student
             return example(student.backbone, self.plan, self.mode, student.layout, load, pixels, prompt)
@@ -56,7 +58,13 @@ def blueprints(recipe: Recipe, mode: FakeTensorMode) -> dict[str, Blueprint]:
         kind = (recipe.config[key] or {}).get("type")
         if kind not in kinds:
             raise UserError(f"{key}: plan works out {' and '.join(kinds)} alone, got {kind}")
-        found[key] = composed(recipe, mode) if kind == "ComposedStudent" else blueprint(recipe.arguments(key)["path"])
+        if kind == "ComposedStudent":
+            found[key] = composed(recipe, mode)
+            continue
+        given = recipe.arguments(key)
+        found[key] = blueprint(given["path"])
+        if not found[key].by_area:  # as its model is read; of areas the bounds themselves are counted with
+            bound_pixels(found[key].processor.image_processor, given.get("min_pixels"), given.get("max_pixels"))
     return found
 
 
@@ -70,7 +78,7 @@ def composed(recipe: Recipe, mode: FakeTensorMode) -> Blueprint:
     backbone = ComposedStudent(**arguments).backbone
     model = shape_copy(backbone.model, mode)
     source = f"{arguments['tower']} + {arguments['language']}"
-    return Blueprint(backbone.model.config, source, len(backbone.tokenizer), 0, backbone.processor, model)
+    return Blueprint(backbone.model.config, source, len(backbone.tokenizer), 0, 0, backbone.processor, model)
 
 
 def shape_models(recipe: Recipe) -> Shaped:
@@ -97,6 +105,8 @@ def shape_models(recipe: Recipe) -> Shaped:
         teacher_plan = plans["teacher"]
         teacher = shaped_backbone(teacher_plan, recipe.arguments("teacher")["dtype"], "laavit", mode)
         teacher.model.eval().requires_grad_(False)
+        if teacher_plan.processor is not None:
+            teacher.family.set_images(recipe.arguments("teacher")["images"] or {})
         header = {"width": teacher.width, "depth": teacher.depth, "settings": recipe.build("extract").card()}
     with mode:
         targets = build_targets(recipe, student, header)

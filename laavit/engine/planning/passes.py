@@ -15,6 +15,7 @@ from laavit.backbones.rows import row_positions
 from laavit.data.aligned import header_of
 from laavit.engine.examples import Load, example_trace, stored_rows
 from laavit.engine.planning.models import Shaped
+from laavit.engine.planning.spread import Reduction
 from laavit.engine.settings import TrainSettings
 from laavit.engine.shapes import Meter, bytes_of
 from laavit.engine.strategies import enable_gradient_checkpointing
@@ -29,11 +30,12 @@ class Vision:
     """What an image takes on its way through tower and projector.
 
     Args:
-        peak: bytes at the highest, the pixels among them. held: those that wait for the backward pass.
+        pixels: bytes. peak: bytes at the highest, pixels left out. held: those that wait for the backward pass.
         gradients: bytes of what learns on this way. reached: ids of these parameters.
         forward, backward: FLOPs. features: what the decoder reads of it, [N, D], a shape.
     """
 
+    pixels: int
     peak: int
     held: int
     gradients: int
@@ -43,8 +45,19 @@ class Vision:
     features: Tensor
 
 
+def checkpoint(model: nn.Module, wanted: bool) -> None:
+    """Have a model in training recompute its activations, or not."""
+    model.train()
+    if wanted:
+        enable_gradient_checkpointing(model)
+        return
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+
+
 def vision_pass(backbone: Backbone, item: Encoded, precision: str) -> Vision:
-    """The images of one sample through the vision tower, and back where it learns."""
+    """The images of one sample through the vision tower as it is, and back where it learns."""
     meter = Meter()
     meter.ignore([*backbone.model.parameters(), *backbone.model.buffers(), *item.vision.values()])
     with torch.autocast("cpu", torch.bfloat16, precision == "bf16"), meter:
@@ -56,8 +69,10 @@ def vision_pass(backbone: Backbone, item: Encoded, precision: str) -> Vision:
     learned = [p for p in backbone.model.parameters() if p.grad is not None]
     reached, gradients = frozenset(map(id, learned)), bytes_of(p.grad for p in learned)
     backbone.model.zero_grad(set_to_none=True)
-    peak, held = peak + bytes_of(item.vision.values()), held if whole.requires_grad else 0
-    return Vision(peak, held, gradients, reached, forward, meter.flops - forward, whole.detach())
+    held = held if whole.requires_grad else 0
+    return Vision(
+        bytes_of(item.vision.values()), peak, held, gradients, reached, forward, meter.flops - forward, whole.detach()
+    )
 
 
 def without_pixels(item: Encoded) -> Encoded:
@@ -100,11 +115,13 @@ class Step:
 
     Args:
         peak: bytes at the highest. activations: the same without gradients. gradients: bytes.
+        reduced: the peak where fsdp2 exchanges gradients, their shares among it; and where these go to the host.
         forward, backward: FLOPs of one micro-batch, its images' left out; what checkpointing computes again is in
             ``backward``. losses: their names. unreached: trainable parameters that no loss reaches.
     """
 
     peak: int
+    reduced: tuple[int, int]
     activations: int
     gradients: int
     forward: int
@@ -120,26 +137,23 @@ def training_step(
     load: Load,
     checkpointing: bool = False,
     settings: TrainSettings | None = None,
+    shares: int = 1,
 ) -> Step:
     """The recipe's forward and backward on shapes, a micro-batch at once; twice where gradients add up: from the second
     on, they exist when the forward begins.
 
     Args:
         items: the samples of the micro-batch. features: of an image.
-        settings: in place of the recipe's own.
+        settings: in place of the recipe's own. shares: processes that share a parameter, where they do.
     """
     settings = settings or shaped.recipe.build("train")
-    model = shaped.model.train()
-    if checkpointing:
-        enable_gradient_checkpointing(model)
-    else:
-        for module in model.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
+    model = shaped.model
+    checkpoint(model, checkpointing)
     trainable = [p for p in model.parameters() if p.requires_grad]
     meter = Meter()
     meter.ignore([*model.parameters(), *model.buffers()])
-    meter.watch(trainable)
+    reductions = Reduction(model, shares), Reduction(model, None)
+    meter.watch(trainable, reductions)
     batch = batch_of([without_pixels(item) for item in items], features, model.student.backbone, settings)
     batch.targets = prepared_targets(shaped, items[0], len(items), load)
     logged: Mapping[str, Tensor] = {}
@@ -155,7 +169,8 @@ def training_step(
     unreached = tuple(n for n, p in model.named_parameters() if p.requires_grad and p.grad is None)
     model.zero_grad(set_to_none=True)
     losses = tuple(name for name in logged if name != "loss" and not name.startswith("gamma"))
-    return Step(meter.peak, meter.peak_apart, meter.apart, forward, backward, losses, unreached)
+    reduced = reductions[0].peak, reductions[1].peak
+    return Step(meter.peak, reduced, meter.peak_apart, meter.apart, forward, backward, losses, unreached)
 
 
 def extraction_pass(shaped: Shaped, load: Load) -> dict[str, int]:
@@ -181,15 +196,17 @@ def extraction_pass(shaped: Shaped, load: Load) -> dict[str, int]:
     cached = len(item.input_ids) + settings.max_new_tokens
     keys = 2 * backbone.depth * heads * cached * settings.batch_size * dtype_of_weights(backbone.model).itemsize
     tokens = sum(span.tile.cells for span in item.spans)
-    gaze = 8 * settings.gaze_top_k if settings.gaze_top_k else 4 * tokens  # float32, with an int32 index where sparse
+    # float32, with an int32 index where sparse
+    gaze = 8 * min(settings.gaze_top_k, tokens) if settings.gaze_top_k else 4 * tokens
     steps = 1 if settings.steps == "none" else 1 + load.answer  # the aggregate, and at most one map a token
-    stored = max(stored_rows(settings.card(), tokens), 1)
+    stored = stored_rows(settings.card(), tokens)
+    semantics = max(stored, 1) * backbone.width * (4 if settings.semantics_dtype == "float32" else 2) + 4 * stored
     return {
         "weights": bytes_of(backbone.model.parameters()),
-        "activations": max(meter.peak, vision.peak * settings.batch_size),
+        "activations": max(meter.peak, vision.peak * settings.batch_size) + vision.pixels * settings.batch_size,
         "key-value cache": keys,
         "image_tokens": tokens,
-        "trace": gaze * steps + 4 * stored * backbone.width + 8 * settings.logits * load.answer,
+        "trace": gaze * steps + semantics + (4 + 8 * settings.logits) * load.answer * bool(settings.logits),
     }
 
 

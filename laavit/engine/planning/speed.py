@@ -22,24 +22,26 @@ def step_seconds(flops: float, trainable: float, machine: Machine, share: float)
     return flops / (machine.flops * share) + trainable * OPTIMIZER_TRAFFIC / machine.bandwidth
 
 
-def storage(weights: int, trainable: int, settings: TrainSettings, trace: int | None) -> dict[str, Any]:
+def storage(weights: int, trainable: int, settings: TrainSettings, samples: int, trace: int | None) -> dict[str, Any]:
     """Bytes that a run leaves on the disk.
 
     Args:
-        weights: bytes of what a checkpoint holds of the model. trainable: bytes of what learns; AdamW keeps twice that.
+        weights: bytes of what a consolidated checkpoint holds of the model. trainable: bytes of what learns, all that a
+            sharded one holds; AdamW keeps twice that. samples: that the run reads.
         trace: bytes of a sample's trace, None without a teacher.
     """
     every = settings.checkpoint_every or settings.steps
     made = -(-settings.steps // every)
-    one = weights + 2 * trainable
+    last = weights + 2 * trainable  # whole, whatever the format
+    one = 3 * trainable if settings.checkpoint_format == "sharded" else last
     kept = min(settings.keep_last or made, made) + bool(settings.keep_best)
-    seen = settings.steps * settings.batch_size
+    # the new one is whole before an old one goes
+    there = min(kept + 1, made)
     return {
-        "checkpoint": one,
-        "format": settings.checkpoint_format,
-        "kept": kept,
-        # the new one is whole before an old one goes
-        "checkpoints": one * (kept + (made > kept)),
-        "traces": None if trace is None else trace * seen,
-        "samples": seen,
+        "checkpoint": one if made > 1 else last,
+        "format": settings.checkpoint_format if made > 1 else "consolidated",
+        "kept": min(kept, made),
+        "checkpoints": one * (there - 1) + max(one, last),
+        "traces": None if trace is None else trace * samples,
+        "samples": samples,
     }
