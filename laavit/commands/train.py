@@ -6,7 +6,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Hashable, Sequence
+import signal
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +79,8 @@ def replay_recipe(recipe: Recipe, folder: Path) -> None:
 
 def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     """Train; returns the last checkpoint's folder."""
+    from transformers.utils.logging import disable_progress_bar
+
     from laavit.backbones.vision_cache import VisionCache, keep_features
     from laavit.data.cached_features import fill
     from laavit.engine import train
@@ -131,7 +136,39 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     hooks = []
     if looked_at:
         hooks = [ProbeHook(settings, probe_of(settings, looked_at, model, dataset, store, collate))]
+    disable_progress_bar()  # transformers' own: one for each checkpoint, through ours
     return train(model, dataset, collate, settings, work_dir, recipe.config, card, resume, hooks, strategy)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Of the processes of a run the first tells what all know; of its own samples and errors, each one."""
+    whole, own = logging.getLogger("laavit"), logging.getLogger("laavit.engine.guard")
+    levels = whole.level, own.level
+    if int(os.environ.get("RANK", 0)) and "LAAVIT_LOG" not in os.environ:
+        whole.setLevel(logging.ERROR)
+        own.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        whole.setLevel(levels[0])
+        own.setLevel(levels[1])
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """What a scheduler sends ends a run as Ctrl-C does: what is being written is finished, and a line tells it.
+
+    With several processes it is torchrun that is told; one of them that waits for another could not listen.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -145,10 +182,11 @@ def main(argv: Sequence[str]) -> int:
         metavar="RUN/bad_batches/STEP",
         help="train nothing: run a batch that was kept because its loss or gradient was not finite once more",
     )
-    options, recipe = parse_recipe(parser, argv)
-    if recipe is not None and options.replay is not None:
-        replay_recipe(recipe, options.replay)
-    elif recipe is not None:
-        checkpoint = train_recipe(recipe, options.work_dir or Path("runs") / recipe.config["title"], options.resume)
-        logger.info("last checkpoint: %s", checkpoint)
+    with told_once(), stopped_by_sigterm():
+        options, recipe = parse_recipe(parser, argv)
+        if recipe is not None and options.replay is not None:
+            replay_recipe(recipe, options.replay)
+        elif recipe is not None:
+            checkpoint = train_recipe(recipe, options.work_dir or Path("runs") / recipe.config["title"], options.resume)
+            logger.info("last checkpoint: %s", checkpoint)
     return 0

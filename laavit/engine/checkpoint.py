@@ -140,5 +140,7 @@ def tidy(work_dir: Path, keep_last: int, keep_best: str | None) -> None:
         for folder in old:
             if folder != best:
                 remove_tree(folder)
+        if not (link := work_dir / "checkpoints" / BEST).exists():
+            link.unlink(missing_ok=True)  # the run goes on without keep_best
     except OSError as error:
         logger.warning("the checkpoints in '%s' could not be tidied up: %s", work_dir, error)

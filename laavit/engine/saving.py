@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ logger = logging.getLogger("laavit.engine")
 
 #: seconds before a failed write is tried again: doubled up to the second figure
 PAUSES = (1.0, 30.0)
+#: that processes wait for the one that writes; that nothing moves is others' matter (train.stall_minutes)
+LONGEST = timedelta(days=1)
 
 
 class WriteFailed(Exception):
@@ -64,7 +67,8 @@ class Saver:
         self.work_dir, self.root, self.model, self.settings = work_dir, work_dir / "checkpoints", model, settings
         self.rank, _ = rank_and_world()
         # A group of its own: what the background thread says must not mix with what the training processes say.
-        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        # Who writes a large checkpoint to a slow disk takes longer than the half an hour that gloo would wait.
+        self.group: Any = dist.new_group(timeout=LONGEST, backend="gloo") if dist.is_initialized() else None
         self.thread = ThreadPoolExecutor(1, "checkpoint") if settings.checkpoint_async else None
         self.pending: Future[None] | None = None
 

@@ -141,6 +141,18 @@ def test_wandb_gets_every_figure_at_its_step_and_a_resumed_run_goes_on(lab, tmp_
     assert logged[0][1]["ntp"] == log(tmp_path)[0]["ntp"] and "iter" not in logged[0][1]
 
 
+def test_wandb_that_refuses_is_told_in_a_sentence(lab, tmp_path, monkeypatch):
+    class Refused(Exception):
+        pass
+
+    def init(**given):
+        raise Refused("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Refused, __spec__=object()))
+    with pytest.raises(UserError, match=r"train.wandb: .*No API key configured. Use `wandb login`.*WANDB_MODE=offline"):
+        lab.run(tmp_path, wandb="looking")
+
+
 def test_wandb_that_is_not_installed_is_refused_in_a_sentence(lab, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("laavit.engine.hooks.wandb.find_spec", lambda name: None)

@@ -209,6 +209,9 @@ def test_the_best_checkpoint_is_marked_and_stays(lab, tmp_path, caplog):
     longer = {**given, "steps": 24, "keep_best": "probe/in_box:min"}
     lab.run(tmp_path / "max", hooks=[Figure([0.9] * 6)], resume=True, **longer)
     assert names(tmp_path / "max") == ["best", "iter_000012", "iter_000024"]
+    assert caplog.text.count("no 'probe/in_box'") == 1  # once a run
+    lab.run(tmp_path / "max", resume=True, **{**given, "steps": 28})
+    assert names(tmp_path / "max") == ["iter_000028"]  # no link to what has gone
 
 
 def test_a_rule_for_the_best_is_checked_at_once(lab):

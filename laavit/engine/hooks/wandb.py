@@ -57,7 +57,14 @@ class WandbHook(Hook):
         write_json(work_dir / FILE, {"project": self.project, "id": name})
         given: dict[str, Any] = {"project": self.project, "name": work_dir.name, "id": name, "resume": "allow"}
         given |= {"config": read_object(work_dir / "recipe.json"), "dir": str(work_dir)}
-        self.run = import_module("wandb").init(**given)
+        wandb = import_module("wandb")
+        try:
+            self.run = wandb.init(**given)
+        except wandb.Error as error:
+            raise UserError(
+                f"train.wandb: Weights & Biases could not be opened ({' '.join(str(error).split())}); "
+                "WANDB_MODE=offline needs no account, and nothing leaves the machine"
+            ) from None
 
     def after_log(self, runner: Any, record: dict[str, Any]) -> None:
         """All figures of a step at once."""
