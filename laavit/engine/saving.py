@@ -185,7 +185,9 @@ class Saver:
         told: list[str | None] = [None]
         try:
             work()
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
+            if not is_of_the_disk(error):
+                raise
             told = [str(error)]
         if self.group is not None:
             own, told = told[0], [None] * dist.get_world_size()
@@ -193,6 +195,14 @@ class Saver:
         for failure in told:
             if failure is not None:
                 raise WriteFailed(failure)
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether an exception says that the system could not write, and not that the code is wrong.
+
+    The tokenizers package, which writes ``tokenizer.json``, knows no class of its own for it.
+    """
+    return isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "(os error " in str(error))
 
 
 class Copies:

@@ -14,6 +14,8 @@ import torch
 from mmengine.hooks import Hook
 from processes import child, ended, launch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from laavit.engine import TrainingStopped, latest_checkpoint, saving
 from laavit.engine.checkpoint import best_checkpoint, read_state
@@ -142,6 +144,22 @@ def test_a_full_disk_is_tried_again_until_there_is_room(lab, tmp_path, caplog, m
     assert slow.calls == 6 and caplog.text.count("make room; trying again in") == 3
     assert lab.bits(made.last) == lab.bits(whole.last)
     assert names(tmp_path / "cut") == ["iter_000008", "iter_000012"]
+
+
+def test_a_tokenizer_that_finds_the_disk_full_is_waited_for_too(lab, tmp_path):
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    model, written, places = lab.FakeModel(), lab.FakeModel().save_checkpoint, ["/dev/full", "tokenizer.json"]
+    model.save_checkpoint = lambda folder: (written(folder), tokenizer.save(str(folder / places[0])), places.pop(0))
+    with pytest.raises(TrainingStopped, match=r"step 4 could not be written .*No space left on device"):
+        lab.run(tmp_path, model=model)
+    assert names(tmp_path) == []
+
+    def wrong(folder):
+        raise ValueError("(os error 28) in a sentence of somebody else's")
+
+    model.save_checkpoint = wrong
+    with pytest.raises(ValueError, match="somebody else's"):
+        lab.run(tmp_path, model=model)
 
 
 def test_two_processes_try_again_and_stop_together(lab, tmp_path, monkeypatch):
