@@ -55,10 +55,15 @@ def block_mask(
     return create_block_mask(mask_function, batch_size, None, q_length, kv_length, device=device, _compile=on_gpu)
 
 
-def gate_score(paths: Sequence[GatePath], dtype: torch.dtype) -> Callable[..., Tensor] | None:
+def gate_score(
+    paths: Sequence[GatePath], dtype: torch.dtype, layout: Layout | None = None
+) -> Callable[..., Tensor] | None:
     """The gate (Eq. 4) as a ``score_mod``: B = ln(gamma) looked up by the roles of query and key; None without paths.
 
     The biases are a tensor and no constant of the kernel, which is therefore not compiled anew when gamma changes.
+
+    Args:
+        layout: where indices are not columns; padding gets no bias.
     """
     if not paths:
         return None
@@ -67,9 +72,17 @@ def gate_score(paths: Sequence[GatePath], dtype: torch.dtype) -> Callable[..., T
         for p in paths
     ]
 
-    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    # Sums alone, which save nothing for a backward pass: PyTorch differentiates this function on the spot, and under
+    # gradient checkpointing a tensor that is saved here would be asked for, and the block run again, in the middle.
+    def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if layout is None:
+            for biases, keys in tables:
+                score = score + torch.where(keys[row, key], biases[row, query], 0.0)
+            return score
+        (sample, here), (_, there) = layout.query(row, query), layout.key(row, key)
         for biases, keys in tables:
-            score = score + torch.where(keys[batch, key], biases[batch, query], 0.0)
+            bias = torch.where(keys[sample, there.clamp(min=0)], biases[sample, here.clamp(min=0)], 0.0)
+            score = score + torch.where(here < 0, 0.0, bias)
         return score
 
     return score_mod
@@ -120,15 +133,6 @@ class Layout:
 
         rows, queries, keys = self.shape
         return create_block_mask(mask_mod, rows, None, queries, keys, device=device, _compile=device.type != "cpu")
-
-    def score(self, score_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A gate's ``score_mod`` over samples and columns, for the indices of this pass; none for padding."""
-
-        def moved(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            (sample, here), (_, there) = self.query(row, query), self.key(row, key)
-            return torch.where(here < 0, score, score_mod(score, sample, head, here.clamp(min=0), there.clamp(min=0)))
-
-        return moved
 
 
 def blocks_of(
@@ -197,9 +201,7 @@ def attended(
     score_mod = None
     if laavit is not None:
         layer = _recorded(module, query, key, None if row else mask, scaling, laavit)
-        score_mod = gate_score(laavit.paths_at(layer), torch.promote_types(query.dtype, torch.float32))
-        if score_mod is not None and layout is not None:
-            score_mod = layout.score(score_mod)
+        score_mod = gate_score(laavit.paths_at(layer), torch.promote_types(query.dtype, torch.float32), layout)
     options: dict[str, Any] = {"score_mod": score_mod, "block_mask": mask, "scale": scaling, "enable_gqa": True}
     if query.device.type == "cpu":
         out = flex_attention(query, key, value, **options)

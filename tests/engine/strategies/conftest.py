@@ -138,6 +138,11 @@ def runs(tmp_path: Path) -> Iterator[Runs]:
     yield Runs(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def keep_gradients() -> type[KeepGradients]:
+    return KeepGradients
+
+
 @pytest.fixture(name="together")
 def together_fixture() -> Callable[[int, Callable[[], None]], None]:
     return together
