@@ -84,6 +84,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     from laavit.backbones.vision_cache import VisionCache, keep_features
     from laavit.data.cached_features import fill
     from laavit.engine import train
+    from laavit.engine.checkpoint import former_run
     from laavit.engine.distributed import pick_device
     from laavit.engine.hooks.probe import ProbeHook
     from laavit.engine.hooks.wandb import check_wandb
@@ -91,6 +92,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
 
     settings = replace(recipe.build("train"), seed=recipe.config["seed"])
     check_wandb(settings.wandb)
+    former_run(work_dir, resume)  # said before data and weights are read
     strategy = recipe.build("strategy") if recipe.has("strategy") else None
     traces: TraceSettings = recipe.build("traces")
     store = store_of(recipe)

@@ -82,6 +82,20 @@ def latest_checkpoint(work_dir: str | Path) -> Path | None:
     return next(reversed(all_checkpoints(Path(work_dir))), None)
 
 
+def former_run(work_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint that a run in this folder goes on from; None in a new one.
+
+    Raises:
+        UserError: there is one, and nobody said that it goes on.
+    """
+    found = latest_checkpoint(work_dir)
+    if found is not None and not resume:
+        raise UserError(
+            f"'{work_dir}' already holds a run up to '{found.name}': add --resume, or choose another folder"
+        )
+    return found
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """``state.json`` of a checkpoint.
 

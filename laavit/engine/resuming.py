@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from laavit.engine import random_state
-from laavit.engine.checkpoint import is_sharded, latest_checkpoint, read_progress, read_state
+from laavit.engine.checkpoint import former_run, is_sharded, read_progress, read_state
 from laavit.engine.distributed import any_process
 from laavit.engine.optim import NamedParameters
 from laavit.engine.optimizer_state import check_fits, load_optimizer_state
@@ -44,11 +44,7 @@ def starting_point(work_dir: Path, resume: bool, rank: int, device: torch.device
         except OSError as error:
             raise UserError(f"the run folder '{work_dir}' cannot be written: {error}") from None
     any_process(False, device)  # nobody looks before process 0 has cleaned up
-    found = latest_checkpoint(work_dir)
-    if found is not None and not resume:
-        raise UserError(
-            f"'{work_dir}' already holds a run up to '{found.name}': add --resume, or choose another folder"
-        )
+    found = former_run(work_dir, resume)
     if found is None and resume and rank == 0:
         logger.info("nothing to resume in %s: starting at step 0", work_dir)
     return found

@@ -1,13 +1,18 @@
 """What a training command does with a scheduler's signal, and what its other processes say."""
 
+import json
 import logging
 import os
 import signal
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import pytest
 
 from laavit.cli import run
 from laavit.commands import train
+from laavit.engine import TrainSettings
+from laavit.registry import UserError
 
 
 def test_sigterm_ends_a_run_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,3 +52,18 @@ def test_what_all_processes_know_is_told_by_the_first(
         assert guard.isEnabledFor(logging.WARNING) and engine.isEnabledFor(logging.ERROR)
         assert guard.isEnabledFor(logging.INFO) is not silent
     assert engine.isEnabledFor(logging.INFO) and guard.level == logging.NOTSET
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    class OnlySettings:
+        config: ClassVar = {"seed": 0}
+
+        def build(self, name: str) -> TrainSettings:
+            assert name == "train", "data and weights come later"
+            return TrainSettings(device="cpu")
+
+    there = tmp_path / "checkpoints" / "iter_000004"
+    there.mkdir(parents=True)
+    (there / "state.json").write_text(json.dumps({"files": {}}))
+    with pytest.raises(UserError, match="already holds a run up to 'iter_000004'"):
+        train.train_recipe(cast("Any", OnlySettings()), tmp_path)
