@@ -145,7 +145,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
 @contextmanager
 def told_once() -> Iterator[None]:
     """Of the processes of a run the first tells what all know; of its own samples and errors, each one."""
-    whole, own = logging.getLogger("laavit"), logging.getLogger("laavit.engine.guard")
+    whole, own = logging.getLogger("laavit"), logging.getLogger("laavit.engine.own")
     levels = whole.level, own.level
     if int(os.environ.get("RANK", 0)) and "LAAVIT_LOG" not in os.environ:
         whole.setLevel(logging.ERROR)

@@ -39,7 +39,7 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device, always: bool = False, stall_minutes: float = 0.0) -> Iterator[None]:
-    """Join the other processes that torchrun started (RANK, WORLD_SIZE), with gloo on CPU and nccl on GPU.
+    """Join the other processes that torchrun started (RANK, WORLD_SIZE): gloo on the CPU, nccl for tensors on GPUs.
 
     mmengine would call ``torch.cuda.set_device`` whatever the machine, so the group is there before its Runner is.
     A group that the caller made is used and left alone.
@@ -53,7 +53,8 @@ def process_group(device: torch.device, always: bool = False, stall_minutes: flo
     if dist.is_initialized() or (alone and not always):
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    # gloo beside nccl: with fsdp2's offload='cpu' gradients, and hence their norm, lie in main memory.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:

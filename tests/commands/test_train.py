@@ -42,16 +42,16 @@ def test_what_all_processes_know_is_told_by_the_first(
     monkeypatch.delenv("LAAVIT_LOG", raising=False)
     if asked:
         monkeypatch.setenv("LAAVIT_LOG", asked)
-    engine, guard = logging.getLogger("laavit.engine"), logging.getLogger("laavit.engine.guard")
+    engine, own = logging.getLogger("laavit.engine"), logging.getLogger("laavit.engine.own")
     monkeypatch.setattr(logging.getLogger("laavit"), "level", logging.INFO)
-    for name in ("laavit", "laavit.engine", "laavit.engine.guard"):
+    for name in ("laavit", "laavit.engine", "laavit.engine.own"):
         logging.getLogger(name).manager._clear_cache()
     with train.told_once():
         silent = rank > 0 and asked is None
         assert engine.isEnabledFor(logging.WARNING) is not silent
-        assert guard.isEnabledFor(logging.WARNING) and engine.isEnabledFor(logging.ERROR)
-        assert guard.isEnabledFor(logging.INFO) is not silent
-    assert engine.isEnabledFor(logging.INFO) and guard.level == logging.NOTSET
+        assert own.isEnabledFor(logging.WARNING) and engine.isEnabledFor(logging.ERROR)
+        assert own.isEnabledFor(logging.INFO) is not silent
+    assert engine.isEnabledFor(logging.INFO) and own.level == logging.NOTSET
 
 
 def test_a_folder_that_holds_a_run_is_refused_before_anything_is_read(tmp_path: Path) -> None:

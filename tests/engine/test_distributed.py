@@ -6,7 +6,7 @@ from processes import launch
 from safetensors.torch import load_file
 
 from laavit.engine import latest_checkpoint
-from laavit.engine.distributed import pick_device
+from laavit.engine.distributed import pick_device, process_group
 from laavit.registry import UserError
 
 
@@ -62,3 +62,12 @@ def test_devices_are_checked():
         assert pick_device("auto") == torch.device("cpu")
         with pytest.raises(UserError, match="shows 0 GPUs"):
             pick_device("cuda")
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
+def test_tensors_in_main_memory_can_be_exchanged_with_gpus_too(monkeypatch, device, backend):
+    given = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **more: given.append(name))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with process_group(torch.device(device), always=True):
+        assert given == [backend]

@@ -12,7 +12,7 @@ from laavit.engine.distributed import rank_and_world
 from laavit.engine.loader import cores_and_processes
 from laavit.engine.settings import TrainSettings
 
-logger = logging.getLogger("laavit.engine")
+logger = logging.getLogger("laavit.engine.own")  # told by each process
 
 #: share of a window's time above which waiting is worth a word, and the steps of a window
 SHARE, WINDOW = 0.05, 50

@@ -19,8 +19,8 @@ from laavit.engine.settings import TrainingStopped
 
 SHOWN = 8
 
-#: of its own: every process tells of its own samples, while all else is told by process 0 alone
-logger = logging.getLogger("laavit.engine.guard")
+#: what a process knows of itself: told by each, while all else is told by process 0 alone
+logger = logging.getLogger("laavit.engine.own")
 
 
 class GuardHook(Hook):
