@@ -174,7 +174,7 @@ class LaViT(BaseModel):
             logged[name] = shared(name, target(output, batch.roles, batch.targets[name]))
             total = total + target.weight * logged[name]
         for name, part in self.gate.parts().items() if self.gate is not None else ():
-            logged[name] = ntp.new_tensor(part.gamma(self.step) if self.training else 1.0)
+            logged[name] = ntp.new_full((), part.gamma(self.step) if self.training else 1.0)  # no copy to a GPU
         return {"loss": total, **{name: value.detach() for name, value in logged.items()}}
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from laavit.backbones.base import Backbone, digest_of
 from laavit.backbones.feature_cache import CachedFeatures, takes_patches
@@ -175,7 +176,9 @@ class VisionCache:
 
     def _remember(self, key: str, features: Tensor) -> None:
         """Keep an image's features in memory, as long as there is room: the first ones stay, so that every epoch's
-        pass over the data finds them again (of the last ones it would find none)."""
-        if key not in self._memory and self._held + features.nbytes <= self.memory:
+        pass over the data finds them again (of the last ones it would find none).
+
+        A data worker keeps none: each would hold as much again, and the system keeps files that were read."""
+        if get_worker_info() is None and key not in self._memory and self._held + features.nbytes <= self.memory:
             self._memory[key] = features
             self._held += features.nbytes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,10 @@ class UnitLengths:
         begins, after = lengths[:, 0], lengths[:, 1]
         if not shared:
             begins, after = np.zeros_like(begins), begins + after
-        own = [np.asarray(unit) for unit in units]
-        first = np.array([begins[unit].max() for unit in own])
-        total = first + np.array([after[unit].sum() for unit in own])
-        widest = np.array([after[unit].max() for unit in own])
-        return cls(total, first, np.array([len(unit) for unit in own]), widest, packed)
+        rows = np.array([len(unit) for unit in units])
+        flat, starts = np.fromiter(chain.from_iterable(units), np.int64), np.cumsum(rows) - rows
+        first, widest = (np.maximum.reduceat(each[flat], starts) for each in (begins, after))
+        return cls(first + np.add.reduceat(after[flat], starts), first, rows, widest, packed)
 
     def work(self, units: Sequence[int]) -> int:
         """Tokens that a micro-batch of these units has the decoder read, padding included."""
@@ -103,11 +103,18 @@ class UnitLengths:
         return found
 
     def _runs(self, order: Sequence[int], most: int) -> list[list[int]]:
+        """Neighbours, as many together as have at most so much ``work``; which is added up, for steps of thousands."""
         found: list[list[int]] = [[]]
-        for unit in order:
-            if found[-1] and self.work([*found[-1], unit]) > most:
+        begin = rows = wide = whole = 0  # of the last run
+        parts = (each[order].tolist() for each in (self.begins, self.rows, self.widest, self.total))
+        for unit, *own in zip(order, *parts, strict=True):
+            held = max(begin, own[0]), rows + own[1], max(wide, own[2]), whole + own[3]
+            work = held[3] if self.packed else (len(found[-1]) + 1) * held[0] + held[1] * held[2]
+            if found[-1] and work > most:
                 found.append([])
+                held = own[0], own[1], own[2], own[3]
             found[-1].append(unit)
+            begin, rows, wide, whole = held
         return found
 
     def check_budget(self, tokens: int, parts: int) -> None:

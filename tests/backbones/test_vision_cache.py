@@ -77,6 +77,20 @@ def test_samples_without_images_go_beside_cached_ones(
     assert alone.features is None
 
 
+def test_data_workers_hold_no_features_of_their_own(backbone: Backbone, samples: list[Sample], tmp_path: Path) -> None:
+    cache = VisionCache(tmp_path, backbone)
+    fill(cache, [samples], backbone.builder(PROMPT), torch.device("cpu"))
+    cache._memory.clear()
+
+    class Held(torch.utils.data.Dataset[int]):
+        def __getitem__(self, index: int) -> int:
+            assert cache.features(encoded_of(backbone, samples[index])).numel()
+            return len(cache._memory)
+
+    asked = torch.utils.data.DataLoader(Held(), sampler=[0, 1], batch_size=None, num_workers=1)  # type: ignore[arg-type]
+    assert list(asked) == [0, 0] and Held()[0] == 1
+
+
 def test_samples_without_images_are_no_group(backbone: Backbone, samples: list[Sample]) -> None:
     words = [replace(sample, images=()) for sample in samples]
     assert len(set(AlignedDataset([*words, *samples], backbone.builder(PROMPT)).groups)) == 6

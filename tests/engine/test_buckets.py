@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import chain, combinations, islice, pairwise
 from typing import Any
 
@@ -117,3 +118,19 @@ def test_a_window_of_one_step_sorts_its_micro_batches_alone() -> None:
         assert sorted(chain(*plain.batch(step))) == sorted(chain(*sorted_.batch(step)))
         parts = [[int(WHOLE[i]) for i in sorted_.micro_batch(step, part)] for part in range(4)]
         assert all(len(part) == 2 for part in parts) and all(min(a) >= max(b) for a, b in pairwise(parts))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_of_thousands_is_split_in_no_time(packed: bool) -> None:
+    """A million tokens over 64 processes, each of which splits every step; the runs are those of ``work``."""
+    draw = np.random.default_rng(0)
+    lengths = np.stack([draw.integers(200, 600, 3000), draw.integers(30, 60, 3000)], 1)
+    units = UnitLengths.of(lengths, [[i] for i in range(3000)], shared=True, packed=packed)
+    order = units.ordered(range(3000))
+    began = time.process_time()
+    found = units.split(order, 64, even=False)
+    assert time.process_time() - began < 0.5
+    assert len(found) == 64 and [unit for run in found for unit in run] == order
+    most = max(map(units.work, found))
+    for run, following in pairwise(units._runs(order, most)):
+        assert units.work(run) <= most < units.work([*run, following[0]])
