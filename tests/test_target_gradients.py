@@ -122,6 +122,15 @@ def test_a_dead_target_is_told_once_with_its_cause(lab, samples, caplog):
     assert len(told) == 1 and "'trajectory'" in told[0] and "cuts the graph" in told[0] and "step 3:" in told[0]
 
 
+def test_a_loss_that_is_not_finite_is_no_dead_target(lab, samples, caplog):
+    hook = TargetGradientHook(SETTINGS)
+    hook.targets = lab.model({"trajectory": TrajectoryTarget()}).named_targets
+    for number, loss in enumerate([1.0, 1.0, None, None, None, 1.0]):
+        assert "is dead" not in caplog.text
+        hook.after_log(None, {"iter": number + 1, "trajectory": loss, "target_grad/trajectory": 0.0})
+    assert "step 6: the target 'trajectory' is dead" in caplog.text
+
+
 def test_causes_are_told_apart(lab, samples, caplog):
     zero = lab.model({"concept": ConceptTarget(0.0)})
     [told] = speak(TargetGradientHook(SETTINGS), zero, lab.batch(zero, samples), caplog)

@@ -134,16 +134,18 @@ class TargetGradientHook(Hook):
     def after_log(self, runner: Any, record: dict[str, Any]) -> None:
         """Count the steps without a gradient (in all processes, which the log's figures are means of)."""
         for name, target in self.targets.items():
+            if record.get(name) is None:  # not finite: that is the guard's to tell, and its gradient says nothing
+                continue
             norm = record.get(f"{PREFIX}{name}")
             self.silent[name] = self.silent[name] + 1 if norm == 0 else 0
             if self.silent[name] >= PATIENCE and name not in self.told:
                 self.told.add(name)
                 logger.warning(
                     "step %d: the target '%s' is dead: it has given the student no gradient for %d logged steps; %s",
-                    record["iter"], name, self.silent[name], self._cause(name, target, record.get(name)),
+                    record["iter"], name, self.silent[name], self._cause(name, target, record[name]),
                 )  # fmt: skip
 
-    def _cause(self, name: str, target: Any, loss: float | None) -> str:
+    def _cause(self, name: str, target: Any, loss: float) -> str:
         if target.weight == 0:
             return f"its weight is 0 (targets.{name}.weight)"
         if not self.connected.get(name, True):
@@ -156,7 +158,7 @@ class TargetGradientHook(Hook):
                 "its loss is 0: it is met exactly, or no sample of these batches has what it speaks of "
                 "(latents, boxes, steps)"
             )
-        return f"its loss ({loss if loss is None else f'{loss:.4g}'}) does not depend on the student's states or rows"
+        return f"its loss ({loss:.4g}) does not depend on the student's states or rows"
 
     def close(self, runner: Any) -> None:
         """Listen no longer, however the run ends."""
