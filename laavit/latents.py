@@ -143,6 +143,8 @@ class LearnedLatents:
     def _initialise(
         self, weight: nn.Parameter, ids: torch.Tensor, vocabulary: int, tokenizer: Any, generator: torch.Generator
     ) -> None:
+        if weight.is_meta:  # a shape alone, whose values come from another process
+            return
         known = weight.detach()[:vocabulary].float().cpu()
         spread = known.std(0)
         if self.init == "mean":

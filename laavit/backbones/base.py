@@ -43,6 +43,8 @@ class Backbone:
         self.family = family_of(model.config, processor)  # type: ignore[arg-type]
         #: what a frozen tower made of images, kept while training (``train.cache_vision``); None works it out each time
         self.feature_cache: CachedFeatures | None = None
+        #: take as many passes for every batch as the most latents need, as processes must that run blocks together
+        self.even_passes = False
 
     @classmethod
     def load(
@@ -236,9 +238,9 @@ class Backbone:
             past_key_values=cache, use_cache=True, laavit=context,
         )  # fmt: skip
 
-    def weights_digest(self) -> str:
-        """SHA-256 of the weights, independent of the file they came from."""
-        return digest_of(self.model)
+    def weights_digest(self) -> str | None:
+        """SHA-256 of the weights, independent of the file they came from; None where another process has them."""
+        return None if any(p.is_meta for p in self.model.parameters()) else digest_of(self.model)
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write a plain Hugging Face folder: configuration, weights, generation settings, processor.

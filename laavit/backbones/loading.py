@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,22 @@ def check_attention_name(attention: str) -> None:
             "'laavit' runs PyTorch's own flash kernels wherever no bias is due"
         )
     raise UserError(f"attention: got '{attention}'; {nearest(attention, ATTENTIONS)}")
+
+
+_SHAPES_ALONE: ContextVar[bool] = ContextVar("shapes_alone", default=False)
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """While this is open, models are built on the meta device, and no file of weights is read: their values come later.
+
+    (laavit/engine/strategies/handing.py; models that are put together of parts are read all the same.)
+    """
+    before = _SHAPES_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _SHAPES_ALONE.reset(before)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -145,13 +162,17 @@ def read_model(
         device_map = {"": device} if device_map is None else device_map  # quantised weights cannot be moved later
     if device_map is not None:
         arguments["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
+    arguments["attn_implementation"] = {"text_config": attention, "vision_config": "sdpa"}
+    shapes = _SHAPES_ALONE.get() and device_map is None
     with reading(path) as place:
-        model = AutoModelForImageTextToText.from_pretrained(
-            place, attn_implementation={"text_config": attention, "vision_config": "sdpa"}, **arguments
-        )
+        if shapes:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(place), **arguments).eval()
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(place, **arguments)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # grouped matrix products of experts know no float64
-    return model if device_map is not None else model.to(device)
+    return model if shapes or device_map is not None else model.to(device)
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from laavit.attention import AttentionContext
@@ -50,7 +50,8 @@ def unrolled(backbone: Backbone, batch: Batch, context: AttentionContext | None 
     """
     check_attention(backbone.layout, backbone.attention, batch.shared is not None)
     context, length, shared = context or AttentionContext(), batch.roles.shape[1], batch.shared
-    parts, latents = _passes(batch, backbone.layout.feedback)
+    most = backbone.layout.most if backbone.even_passes else 0
+    parts, latents = _passes(batch, backbone.layout.feedback, most)
     contexts, index = _contexts(context, parts, length, batch)
     decoder: Any = backbone.family.decoder(backbone.model)
     table: Any = backbone.model.get_input_embeddings()  # type: ignore[operator]
@@ -118,12 +119,15 @@ def vocabulary_rms(backbone: Backbone) -> Tensor:
     return (squares / weight[0].numel() / (len(weight) - len(ids))).sqrt() * getattr(table, "scalar_embed_scale", 1.0)
 
 
-def _passes(batch: Batch, feedback: bool) -> tuple[list[Segment], range]:
+def _passes(batch: Batch, feedback: bool, most: int = 0) -> tuple[list[Segment], range]:
     """The passes in order, and which of them read a latent that is fed back.
 
     Shared beginnings, where there are any; what is left of the prompts; each latent; separators and answers. Where
     nothing is fed back, all that follows a shared beginning is one pass. A shorter sample's columns past its own are
     read beside the longest, and seen by nobody.
+
+    Args:
+        most: passes for fed-back latents that there are at least; those that no sample needs read padding.
 
     Raises:
         UserError: latents are fed back, and a sample has none.
@@ -146,6 +150,7 @@ def _passes(batch: Batch, feedback: bool) -> tuple[list[Segment], range]:
     if bool((starts < 0).any()):
         sample = batch.samples[int((starts[:, 0] < 0).nonzero()[0])]
         raise UserError(f"sample '{sample.id}' has no latents to feed back, and others of its batch do")
+    latents = nn.functional.pad(latents, (0, max(0, most - latents.shape[1])), value=-1)
     found.append(positions((columns >= begun) & (columns < starts)))
     which = range(len(found), len(found) + latents.shape[1])
     found += [*latents.split(1, 1), after]
@@ -181,7 +186,9 @@ def _contexts(
                 rows, index[number] = (place.gather(1, own.clamp(min=0)) - offset).masked_fill(own < 0, -1), own
         found.append(context.part(part, rows, context.paths if part.past else paths))
         if batch.packing is not None:
-            found[-1].packing = Packing.of(part.columns >= 0)
+            real = part.columns >= 0
+            real[0, 0] |= not bool(real.any())  # a pass of padding alone reads one position of it
+            found[-1].packing = Packing.of(real)
         offset += part.columns.shape[1]
     return found, index
 

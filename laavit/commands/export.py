@@ -86,13 +86,14 @@ def _consolidated(recipe: Recipe, checkpoint: Path, folder: Path) -> Path:
     """Put together the student of a sharded checkpoint: what it learned there, the rest as it was before training."""
     import torch
 
-    from laavit.engine.resuming import load_learned
+    from laavit.engine.resuming import check_frozen, load_learned
     from laavit.engine.sharded import MODEL
 
     student = recipe.build("student")
     student.setup(recipe.build("latents") if recipe.has("latents") else None, torch.Generator())
     learned = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
     load_learned(student.state_dict(), checkpoint, f"{MODEL}student.", learned)
+    check_frozen(student, checkpoint)
     student.save(folder)
     return folder
 

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,6 +81,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     """Train; returns the last checkpoint's folder."""
     from transformers.utils.logging import disable_progress_bar
 
+    from laavit.backbones.loading import shapes_alone
     from laavit.backbones.vision_cache import VisionCache, keep_features
     from laavit.data.cached_features import fill
     from laavit.engine import train
@@ -100,7 +101,10 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
     if hasattr(samples, "check"):  # every image file is looked at, so that hours of work do not end at a missing one
         samples.check()
     looked_at = held_out(recipe, settings, samples) if settings.probe_every else []
-    model = build_model(recipe, store.header if store is not None else {})
+    # A cache of image features runs the tower where data is loaded: then every process has its weights.
+    waits = strategy is not None and strategy.hands_out and int(os.environ.get("RANK", 0)) > 0
+    with shapes_alone() if waits and traces.vision_cache is None else nullcontext():
+        model = build_model(recipe, store.header if store is not None else {})
     student = model.student
     cache = None
     if traces.vision_cache is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from laavit.backbones.base import digest_of
 from laavit.engine import random_state
 from laavit.engine.checkpoint import former_run, is_sharded, read_progress, read_state
 from laavit.engine.distributed import any_process
@@ -18,11 +19,14 @@ from laavit.engine.optimizer_state import check_fits, load_optimizer_state
 from laavit.engine.sampler import BatchSampler
 from laavit.engine.settings import TrainSettings
 from laavit.engine.sharded import MODEL, OPTIMIZER, SHARDS, dtypes, read_shards, stored_shapes
+from laavit.engine.strategies.handing import without_weights
 from laavit.files import remove_leftovers
 from laavit.registry import UserError
 
 logger = logging.getLogger("laavit.engine")
 
+#: of ``state.json``: the hash of the weights that a sharded checkpoint does not hold
+FROZEN = "frozen_sha256"
 #: settings that the order of the data depends on: a resumed run must have the same
 FIXED = ("seed", "batch_size", "grouped", "bucketing", "tokens")
 #: settings that may change between start and resume without changing the result
@@ -77,16 +81,48 @@ def check_resumable(checkpoint: Path, settings: TrainSettings, sampler: BatchSam
 def load_weights(model: Any, checkpoint: Path) -> None:
     """Put a checkpoint's weights into a model of its recipe, before it is spread over processes.
 
-    A sharded checkpoint holds what was learned; the rest is the model's own already.
+    A sharded checkpoint holds what was learned; the rest is the model's own already. A process that waits for its
+    weights reads nothing.
 
     Raises:
-        UserError: it cannot be read, or belongs to a model with other parameters.
+        UserError: it cannot be read, or belongs to a model with other parameters, or with other frozen weights.
     """
+    if without_weights(model):
+        return
     if not is_sharded(checkpoint):
         model.load_checkpoint(checkpoint)
         return
     learned = [name for name, _ in model.trainable_parameters()]
     load_learned(model.state_dict(), checkpoint, MODEL, learned)
+    if hasattr(model, "student"):
+        check_frozen(model.student, checkpoint)
+
+
+def frozen_digest(student: nn.Module, learned: Container[str]) -> str | None:
+    """SHA-256 of a student's weights but those of the names that learned; None where there are none.
+
+    With adapters that of the base as it was read: the latents' rows in its tables are drawn, and kept by the adapters.
+    """
+    if getattr(student, "base_sha256", None) is not None:
+        return str(student.base_sha256)
+    frozen = {name: p.detach() for name, p in student.named_parameters() if name not in learned}
+    return digest_of(frozen) if frozen and not without_weights(student) else None
+
+
+def check_frozen(student: nn.Module, checkpoint: Path) -> None:
+    """Compare a student's frozen weights with those that a sharded checkpoint was trained beside, and does not hold.
+
+    Raises:
+        UserError: they are others.
+    """
+    before = read_state(checkpoint).get(FROZEN)  # checkpoints of before it was told have none
+    learned = {name.removeprefix(f"{MODEL}student.") for name in stored_shapes(checkpoint / SHARDS)}
+    if before is not None and before != (now := frozen_digest(student, learned)):
+        raise UserError(
+            f"the checkpoint '{checkpoint}' holds what was learned alone, and the weights beside it are others now: "
+            f"those of '{getattr(student, 'path', 'the student')}' that do not learn have the SHA-256 "
+            f"{str(now)[:12]}..., and it was trained with {before[:12]}...: put the student's files back"
+        )
 
 
 def load_learned(state: Mapping[str, Tensor], checkpoint: Path, prefix: str, learned: Iterable[str] = ()) -> None:

@@ -33,17 +33,19 @@ from laavit.engine.hooks import (
     writers,
 )
 from laavit.engine.hooks.log import FILE, truncate_log
+from laavit.engine.hooks.probe import ProbeHook
 from laavit.engine.kernels import use_kernels
 from laavit.engine.loader import build_loader
 from laavit.engine.lock import only_run
 from laavit.engine.loop import StepLoop
 from laavit.engine.memory import told_out_of_memory
 from laavit.engine.optim import StepOptimWrapper, build_adamw, unique_parameters
-from laavit.engine.resuming import check_resumable, load_weights, restorer, starting_point
+from laavit.engine.resuming import FROZEN, check_resumable, frozen_digest, load_weights, restorer, starting_point
 from laavit.engine.sampler import BatchSampler
 from laavit.engine.schedules import ClosedFormLR
 from laavit.engine.settings import TrainSettings
 from laavit.engine.strategies import Strategy, strategy_for
+from laavit.engine.strategies.alike import check_alike, kept_alike
 from laavit.files import read_object, write_json
 from laavit.registry import UserError
 
@@ -165,6 +167,7 @@ def train(
         rank, world_size = rank_and_world()
         strategy = strategy_for(strategy, world_size)
         strategy.check(settings, device, world_size)
+        check_alike(strategy, settings, [dataset, *(h.probe.dataset for h in hooks if isinstance(h, ProbeHook))])
         sampler = _sampler(dataset, settings, rank, world_size, device)
         held.enter_context(only_run(work_dir))
         start_from = starting_point(work_dir, resume, rank, device)
@@ -233,6 +236,10 @@ def _run(
     """Build mmengine's Runner, run it, and undo what it leaves in the process."""
     rank, _ = rank_and_world()
     use_kernels(model, settings, device)
+    about: dict[str, Any] = {"recipe": recipe, "data": {"fingerprint": sampler.fingerprint, "length": len(dataset)}}
+    if settings.checkpoint_format == "sharded" and rank == 0 and hasattr(model, "student"):
+        learned = {name for name, p in model.student.named_parameters() if p.requires_grad}
+        about[FROZEN] = frozen_digest(model.student, learned)
     wrapped = strategy.wrap(model, settings, device)  # before the optimizer: it may make other parameters
     named = unique_parameters(model.trainable_parameters())
     wrapper = StepOptimWrapper(
@@ -242,7 +249,6 @@ def _run(
         precision=settings.precision if strategy.autocasts else "fp32",
         device=device,
     )
-    about = {"recipe": recipe, "data": {"fingerprint": sampler.fingerprint, "length": len(dataset)}}
     ours: list[Hook] = [
         StepHook(),
         *guards(settings),
@@ -275,7 +281,7 @@ def _run(
         experiment_name=f"laavit-{uuid.uuid4().hex}",
     )
     try:
-        with told_out_of_memory(runner, settings):
+        with told_out_of_memory(runner, settings), kept_alike(model, strategy, dataset):
             runner.train()
     finally:
         runner.call_hook("close")

@@ -27,6 +27,8 @@ class Strategy(ABC):
     always_joins = False
     #: whether processes hold shares of the weights, which none can use alone
     shares_weights = False
+    #: whether ``spread`` gives a model that is shapes alone the weights that process 0 has read
+    hands_out = False
 
     def check(self, settings: TrainSettings, device: torch.device, world_size: int) -> None:  # noqa: B027
         """Called before anything is written.

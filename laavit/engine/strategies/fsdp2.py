@@ -10,7 +10,7 @@ through it while the weights are gathered, since autograd runs what was computed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from laavit.engine.strategies.base import Strategy
+from laavit.engine.strategies.handing import handing_out
 from laavit.registry import STRATEGIES, UserError
 
 if TYPE_CHECKING:
@@ -60,21 +61,27 @@ def shard(
     precision: str = "fp32",
     reshard_after_forward: bool = True,
     offload: bool = False,
+    give: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Put shares of parameters (``DTensor``s of the same names) in the place of a model's own, block by block.
 
     Works on the meta device and in a fake process group as well.
 
     Args:
-        mesh: of one dimension; or of two, of which the first replicates. The others are as of ``FSDP2``.
+        mesh: of one dimension; or of two, of which the first replicates. give: called with each block, and with the
+            rest, before it is shared out (``handing_out``). The others are as of ``FSDP2``.
     """
     few_rows = {name: p.few_rows for name, p in model.named_parameters() if hasattr(p, "few_rows")}
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision_policy(precision)}
     options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
     for block in shard_blocks(model):
+        if give is not None:
+            give(block)
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
         block.register_forward_pre_hook(_hide, prepend=True, with_kwargs=True)  # before fully_shard's own
         block.register_forward_pre_hook(_show, with_kwargs=True)  # and after it
+    if give is not None:
+        give(model)
     fully_shard(model, **options)
     for name, parameter in model.named_parameters():
         if name in few_rows:  # hooks and marks stayed with the whole parameter
@@ -132,6 +139,7 @@ class FSDP2(Strategy):
     autocasts = False
     always_joins = True
     shares_weights = True
+    hands_out = True
 
     def __init__(
         self,
@@ -167,7 +175,8 @@ class FSDP2(Strategy):
 
     def spread(self, model: Any, settings: TrainSettings, device: torch.device) -> nn.Module:
         mesh = self.mesh(device.type, dist.get_world_size())
-        shard(model, mesh, settings.precision, self.reshard_after_forward, self.offload == "cpu")
+        give = handing_out(model, device)
+        shard(model, mesh, settings.precision, self.reshard_after_forward, self.offload == "cpu", give)
         model.data_preprocessor.to(device)
         model.set_reduce_scatter_unused_params(settings.find_unused_parameters)
         model.reduce_every = self.reduce_every  # the optimizer's wrapper asks
