@@ -1,8 +1,8 @@
 """Image features of a frozen vision tower, worked out once and kept on disk.
 
 The key is what they depend on: the weights before the decoder (tower, projector, separators) and how they are used
-(the configuration: which layer is read), the processor's settings, the image's bytes, and whether it is its sample's
-only one (LLaVA-OneVision cuts up no other).
+(the configuration: which layer is read), the run's precision, the processor's settings, the image's bytes, and whether
+it is its sample's only one (LLaVA-OneVision cuts up no other).
 """
 
 from __future__ import annotations
@@ -86,20 +86,21 @@ class VisionCache:
     Args:
         folder: where to keep them. backbone: whose vision tower makes them.
         memory: bytes of features held in memory while the object lives.
+        precision: the run's: with 'bf16' they are made as a step of training makes them, and take half the disk.
 
     Raises:
         UserError: something that the features depend on is still to learn.
     """
 
-    def __init__(self, folder: Path, backbone: Backbone, memory: int = 1 << 30) -> None:
-        self.backbone = backbone
+    def __init__(self, folder: Path, backbone: Backbone, memory: int = 1 << 30, precision: str = "fp32") -> None:
+        self.backbone, self.precision = backbone, precision
         check_frozen(backbone)
         whole, inside = _whole(backbone)
         before = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith(inside)}
         processor = backbone.processor
         config: Any = backbone.model.config
         read = [processor.image_processor.to_dict(), getattr(processor, "images_kwargs", {})]
-        settings = json.dumps([*read, _seen_by(config.to_dict())], sort_keys=True, default=str)
+        settings = json.dumps([*read, _seen_by(config.to_dict()), precision], sort_keys=True, default=str)
         self.namespace = hashlib.sha256((digest_of(before) + settings).encode()).hexdigest()[:32]
         self.folder = Path(folder) / self.namespace
         self.memory, self._held = memory, 0
@@ -154,7 +155,9 @@ class VisionCache:
             )
         if len(kept) < len(keys):
             vision = {name: tensor.to(self._device) for name, tensor in encoded.vision.items()}
-            kept = [features.cpu() for features in self.backbone.family.image_features(self.backbone.model, vision)]
+            with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                made = self.backbone.family.image_features(self.backbone.model, vision)
+            kept = [features.cpu() for features in made]
             for key, features in zip(keys, kept, strict=True):
                 write_bytes(self._file(key), save({"features": features.contiguous()}), sync=False)
                 self._remember(key, features)

@@ -114,7 +114,7 @@ def train_recipe(recipe: Recipe, work_dir: Path, resume: bool = False) -> Path:
                 "traces.vision_cache keeps what the projector makes of an image for the whole run, and this recipe "
                 f"trains {' and '.join(learning)}: name both in student.freeze, and neither in student.lora.targets"
             )
-        cache = VisionCache(Path(traces.vision_cache), student.backbone)
+        cache = VisionCache(Path(traces.vision_cache), student.backbone, precision=settings.precision)
     if settings.cache_vision:
         keep_features(student.backbone, settings.cache_vision * 2**20)
     builder = student.builder(recipe.build("prompt"))

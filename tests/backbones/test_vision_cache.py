@@ -47,6 +47,19 @@ def test_the_layer_that_is_read_names_the_features(folder_of: Callable[[str], Pa
     assert VisionCache(tmp_path, llava).namespace != first
 
 
+def test_features_of_a_run_in_bf16_are_those_of_its_steps(
+    backbone: Backbone, samples: list[Sample], tmp_path: Path
+) -> None:
+    cache = VisionCache(tmp_path, backbone, precision="bf16")
+    assert cache.namespace != VisionCache(tmp_path, backbone).namespace
+    dataset = AlignedDataset(samples, backbone.builder(PROMPT), cache=cache)
+    cached = Collate(backbone.family, 0)([dataset[0], dataset[1]])["batch"]
+    plain = collate([encoded_of(backbone, sample) for sample in samples[:2]], backbone.family, 0)
+    assert cached.features is not None and {each.dtype for each in cached.features} == {torch.bfloat16}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(backbone.forward(cached), backbone.forward(plain))
+
+
 def test_a_broken_file_is_written_anew(
     backbone: Backbone, samples: list[Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
