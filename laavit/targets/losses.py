@@ -63,8 +63,13 @@ STATE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine,
 
 def _share(student: Tensor) -> Tensor:
     """Rows as distributions over the image tokens, never zero, so that logarithms and their gradients are finite."""
-    tiny = torch.finfo(student.dtype).tiny
-    return (student.clamp(min=tiny) / student.sum(-1, keepdim=True).clamp(min=tiny)).clamp(min=tiny)
+    return _positive_share(student).clamp(min=torch.finfo(student.dtype).tiny)
+
+
+def _positive_share(student: Tensor) -> Tensor:
+    """Rows over their sum; one that looks at no image token at all (attention can underflow) is even over them."""
+    positive = student.clamp(min=torch.finfo(student.dtype).tiny)
+    return positive / positive.sum(-1, keepdim=True)
 
 
 def kl(target: Tensor, student: Tensor) -> Tensor:
@@ -73,10 +78,7 @@ def kl(target: Tensor, student: Tensor) -> Tensor:
     Args:
         target: sums to 1 over N. student: attention to the image tokens, renormalised here (as in all of these).
     """
-    tiny = torch.finfo(student.dtype).tiny
-    total = student.sum(-1, keepdim=True).clamp(min=tiny)
-    log_student = (student.clamp(min=tiny) / total).log()
-    return (torch.xlogy(target, target) - target * log_student).sum(-1)
+    return (torch.xlogy(target, target) - target * _positive_share(student).log()).sum(-1)
 
 
 def reverse_kl(target: Tensor, student: Tensor) -> Tensor:

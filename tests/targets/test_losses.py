@@ -91,3 +91,14 @@ def test_divergences(name: str) -> None:
 def test_sum_or_mean_over_the_rows_that_are_there() -> None:
     each, valid = torch.tensor([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     assert over_rows(each, valid).item() == 3.5 and over_rows(each, valid, per_row_mean=True).item() == 2.75
+
+
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+def test_a_row_whose_attention_to_the_image_has_underflowed_is_even_over_it(name: str) -> None:
+    """KL was below 0 there, which it cannot be: a run that had burst looked as if it had learned."""
+    even, gone, half = torch.full((4,), 0.25), torch.zeros(4), torch.tensor([0.5, 0.5, 0.0, 0.0])
+    assert float(DIVERGENCES[name](even, gone)) == pytest.approx(0.0, abs=1e-6)
+    found = float(DIVERGENCES[name](half, gone))
+    assert found == pytest.approx(float(DIVERGENCES[name](half, even)), rel=1e-6)
+    if name == "kl":
+        assert found == pytest.approx(math.log(2), rel=1e-6)
