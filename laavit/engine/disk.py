@@ -18,14 +18,15 @@ from laavit.registry import UserError
 logger = logging.getLogger("laavit.engine")
 
 
-def checkpoint_bytes(model: Any, named: NamedParameters, settings: TrainSettings) -> int:
+def checkpoint_bytes(model: Any, named: NamedParameters, kind: str) -> int:
     """About what one checkpoint takes: weights, and AdamW's two moments of those that learn.
 
     Args:
         model: ``saved_bytes()`` are those of the weights in a consolidated checkpoint.
+        kind: 'consolidated' or 'sharded'.
     """
     learned = sum(parameter.numel() * parameter.element_size() for _, parameter in named)
-    return 2 * learned + (learned if settings.checkpoint_format == "sharded" else int(model.saved_bytes()))
+    return 2 * learned + (learned if kind == "sharded" else int(model.saved_bytes()))
 
 
 def most_at_once(settings: TrainSettings, start: int) -> int:
@@ -49,11 +50,13 @@ def check_space(
     Raises:
         UserError: not even one fits. A warning says that one of the later ones may not.
     """
-    size, count = checkpoint_bytes(model, named, settings), most_at_once(settings, start)
+    size, last = (checkpoint_bytes(model, named, kind) for kind in (settings.checkpoint_format, "consolidated"))
+    count = most_at_once(settings, start)
     free = shutil.disk_usage(work_dir).free
     there = sum(file.stat().st_size for file in (work_dir / "checkpoints").rglob("*") if file.is_file())
-    what = f"a checkpoint takes about {gigabytes(size)}, and '{work_dir}' has {gigabytes(free)} free"
+    both = "" if size == last else f" (the last one {gigabytes(last)})"
+    what = f"a checkpoint takes about {gigabytes(size)}{both}, and '{work_dir}' has {gigabytes(free)} free"
     if any_process(count > 0 and size > free, device):
         raise UserError(f"{what}: make room, or choose another folder")
-    if rank_and_world()[0] == 0 and count * size - there > free:
+    if rank_and_world()[0] == 0 and count > 0 and (count - 1) * size + last - there > free:
         logger.warning("%s, while up to %d are there at once: make room, or lower train.keep_last", what, count)

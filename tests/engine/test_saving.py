@@ -255,6 +255,9 @@ def test_the_room_on_the_disk_is_looked_at_before_the_first_step(lab, tmp_path, 
     free = 3 * 1416
     lab.run(tmp_path / "enough")
     assert "make room" not in caplog.text
+    free = 3 * (456 + 912)  # enough for shards, which leave the frozen weights out, and not for the last checkpoint
+    lab.run(tmp_path / "shards", checkpoint_format="sharded")
+    assert "takes about 1.37e-06 GB (the last one 1.42e-06 GB), " in caplog.text
 
 
 def test_how_many_are_there_at_once(lab):
