@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,8 @@ from laavit.registry import STRATEGIES, UserError
 
 if TYPE_CHECKING:
     from laavit.engine.settings import TrainSettings
+
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # mmengine's wrapper knows no other name
 
 
 @STRATEGIES.register_module()
