@@ -136,6 +136,8 @@ def test_a_filled_cache_works_nothing_out(backbone: Backbone, samples: list[Samp
     assert len(made) == len(samples)
     fill(two[1], [again], builder, torch.device("cpu"), start=0.5)
     assert len(made) == len(samples)
+    fill(VisionCache(tmp_path / "elsewhere", backbone), [again], builder, torch.device("cpu"), start=0.5)
+    assert len(made) == 2 * len(samples)
     item = encoded_of(backbone, samples[2])
     assert torch.equal(two[0].features(item), two[1].features(item))
     other = encoded_of(backbone, replace(samples[2], images=samples[2].images[:1]))
