@@ -128,8 +128,8 @@ class Adapters:
         still = {
             id(p) for part in ("decoder", "embeddings", "head", *settings.parts) for p in parameters_of(part, backbone)
         }
-        #: parameters of the base that learn in full, by the base's names
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in still}
+        #: names in the base of its parameters that learn in full
+        self.full = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in still]
         where = {id(p): name for name, p in model.named_parameters()}
         rows = {where[id(table)].removesuffix(".weight"): list(tokens) for table in tables(backbone).values()}
         config = LoraConfig(
@@ -147,6 +147,12 @@ class Adapters:
             self.peft: Any = get_peft_model(model, config)  # type: ignore[arg-type]
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The base's parameters that learn in full, by its names; looked up, since fsdp2 puts others in their place."""
+        found = dict(self.peft.get_base_model().named_parameters())
+        return {name: found[name] for name in self.full}
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapters' own parameters, latent rows included."""

@@ -57,7 +57,8 @@ class Rows:
         if isinstance(table, DTensor):
             keep = torch.zeros(table.shape[0], 1, device=table.device).index_fill_(0, self.rows, 1)
             # Every process has the whole column: none is sent.
-            self.keep = distribute_tensor(keep, table.device_mesh, table.placements, src_data_rank=None)
+            keep = distribute_tensor(keep, table.device_mesh, table.placements, src_data_rank=None)
+            self.keep = keep.to(table.device)  # with fsdp2's offload no longer the mesh's
 
     def norm(self) -> Tensor | None:
         """The norm of their gradient; None where the table has none."""

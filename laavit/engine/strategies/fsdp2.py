@@ -114,6 +114,7 @@ def _keep_rows_alive(table: Any, rows: tuple[int, ...]) -> None:
     if not keep.is_meta:
         keep[list(rows)] = 1
     keep = distribute_tensor(keep, table.device_mesh, table.placements, src_data_rank=None)
+    keep = keep.to(table.device)  # it was put on the mesh's device, and with ``offload`` the share is in main memory
     table.few_rows = rows
     # fully_shard runs these hooks after the exchange: the gradient never passes through autograd to its share
     table.register_post_accumulate_grad_hook(lambda shared: shared.grad.mul_(keep))

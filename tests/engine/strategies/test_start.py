@@ -5,8 +5,10 @@ A process that waits for ever fails its test: all of them are ended after ``LIMI
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,6 +21,7 @@ from combining import STUDENTS, Cell, World
 from processes import launch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from laavit.backbones.loading import shapes_alone
 from laavit.commands.export import export_run
@@ -26,7 +29,9 @@ from laavit.commands.train import train_recipe
 from laavit.data.aligned import AlignedDataset, Collate
 from laavit.engine import train
 from laavit.engine.distributed import process_group, rank_and_world
+from laavit.engine.hooks.gradient_norms import named_parts
 from laavit.engine.sampler import permutation
+from laavit.engine.settings import TrainSettings
 from laavit.engine.strategies import DDP, FSDP2, Strategy
 from laavit.engine.strategies.handing import without_weights
 from laavit.files import read_object
@@ -253,3 +258,23 @@ def test_weights_beside_a_sharded_checkpoint_are_those_of_the_training(spread_wo
         train_recipe(Recipe(raw), tmp_path / "run", resume=True)
     save_file(weights, file, {"format": "pt"})
     train_recipe(Recipe(raw), tmp_path / "run", resume=True)
+
+
+def test_nothing_keeps_whole_parameters_alive(spread_world: World) -> None:
+    """Adapters beside a projector that learns in full: it is spread, too, and has a norm under its own name."""
+    raw = spread_world.recipe(replace(PLAIN, student="lora"))
+    raw["student"] |= {"freeze": ["tower"], "lora": {"rank": 2, "targets": ["decoder"]}}
+
+    def work() -> None:
+        model = build_model(Recipe(raw), {})
+        adapters = model.student.adapters
+        whole = {name: weakref.ref(parameter) for name, parameter in adapters.trained.items()}
+        assert whole
+        FSDP2().wrap(model, TrainSettings(), torch.device("cpu"))
+        gc.collect()
+        assert not [name for name, parameter in whole.items() if parameter() is not None]
+        assert all(isinstance(parameter, DTensor) for parameter in adapters.trained.values())
+        parts = named_parts(model)
+        assert {len(parts["projector"]), len(parts["adapters"])} == {len(whole), len(adapters.parameters())}
+
+    limited(work)
