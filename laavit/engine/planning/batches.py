@@ -23,7 +23,7 @@ def check_batch(settings: TrainSettings, gpus: int) -> None:
     if not settings.tokens and settings.batch_size % (gpus * settings.accumulate):
         raise UserError(
             f"train.batch_size: {settings.batch_size} does not divide by {gpus} GPUs x train.accumulate = "
-            f"{settings.accumulate} micro-batches"
+            f"{settings.accumulate} micro-batches; allowed: multiples of {gpus * settings.accumulate}"
         )
 
 
