@@ -152,7 +152,7 @@ def test_every_way_to_train_a_step_gives_the_same_loss(monkeypatch: pytest.Monke
     """The authors' loop on eager maps, padded batches, and shared, packed ones; without alignment it is less."""
     monkeypatch.syspath_prepend(str(ROOT / "tools" / "bench"))
     module = importlib.import_module("train")
-    options = SimpleNamespace(device="cpu", tokens=[16, 36, 4], layers=2)
+    options = SimpleNamespace(device="cpu", tokens=[16, 36, 4], layers=2, heads=4)
     first = {way: module.make_step(way, options)() for way in module.WAYS}
     plain = first.pop("best, no alignment")
     assert plain < first["best"] - 0.3
@@ -190,7 +190,7 @@ def test_the_bridge_and_one_by_one_answer_alike(tmp_path: Path, monkeypatch: pyt
     options = SimpleNamespace(
         folder=tmp_path, device="cpu", batch=3, large=24, repeats=1, samples=5, answer=3, tokens=[4, 24]
     )
-    vars(options).update(width=32, layers=2)
+    vars(options).update(width=32, layers=2, heads=4)
     module.write_teacher(tmp_path / "teacher", options)
     module.write_samples(tmp_path, "mixed", module.mixed_grids(5, 4, 24))
     rows = module.documents(tmp_path, 5, 2)
