@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from processes import launch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+from torch._inductor import cpp_builder
 from torch.nn.attention import flex_attention as torch_flex
 
 from laavit import flex_attention
@@ -20,7 +24,7 @@ from laavit.cross_entropy import next_token_loss, part_by_part
 from laavit.engine import kernels
 from laavit.engine.kernels import use_kernels
 from laavit.engine.settings import TrainSettings
-from laavit.engine.strategies.base import enable_gradient_checkpointing
+from laavit.engine.strategies import Single
 from laavit.gates import ConstantGate
 from laavit.model import LaViT
 from laavit.registry import UserError
@@ -74,15 +78,15 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], most: float = 1e
         assert off[name] <= 10 * most * max(gradient.norm(), 1e-3 * whole), name
 
 
-def compiled(model: LaViT) -> None:
+def compiled(model: LaViT, **more: Any) -> None:
     torch._dynamo.reset()
-    use_kernels(model, TrainSettings(compile=True), CPU)
+    Single().wrap(model, TrainSettings(compile=True, **more), CPU)
 
 
 WAYS: dict[str, Callable[[LaViT], None]] = {
     "compiled": compiled,
     "chunked": lambda model: use_kernels(model, TrainSettings(loss_rows=3), CPU),
-    "compiled, checkpointed": lambda model: (compiled(model), enable_gradient_checkpointing(model)),  # type: ignore
+    "compiled, checkpointed": partial(compiled, gradient_checkpointing=True),
     "flex": lambda model: model.student.model.set_attn_implementation(
         {"text_config": "laavit_flex", "vision_config": "sdpa"}
     ),
@@ -107,25 +111,59 @@ def test_the_gradients_are_the_same(
     assert list(fast.state_dict()) == list(model.state_dict()), "no name changes"
 
 
-def test_one_code_serves_all_blocks(model: LaViT, whole_lab: Any, samples: list[Sample]) -> None:
-    """Neither depth, nor what is recorded where, nor the gate's value compiles a block anew; lengths do it once."""
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_one_code_serves_all_blocks(
+    checkpointed: bool, model: LaViT, whole_lab: Any, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither depth, nor what is recorded where, nor the gate's value compiles a block anew; lengths do it once.
+
+    What a checkpoint runs again in the backward pass is that code, too.
+    """
     graphs: list[int] = []
+    calls: list[int] = []
 
     def counting(graph: Any, inputs: Any) -> Any:
         graphs.append(1)
-        return graph.forward
+        return lambda *args: calls.append(1) or graph.forward(*args)  # type: ignore[func-returns-value]
 
-    torch._dynamo.reset()
-    blocks = kernels.decoder_blocks(model)
-    assert len(blocks) == 3
-    for block in blocks:
-        block.compile(backend=counting)
+    monkeypatch.setattr(kernels, "BACKEND", counting)
+    assert len(kernels.decoder_blocks(model)) == 3
+    compiled(model, gradient_checkpointing=checkpointed)
     counts = []
     for value, batch in zip((0.3, 0.3, 0.7, 0.7), [*batches(whole_lab, model, samples)[::2]] * 2, strict=True):
         model.gate = ConstantGate(value)
-        model(batch)
+        calls.clear()
+        loss = model(batch)["loss"]
+        forward = len(calls)
+        loss.backward()
         counts.append(len(graphs))
+        assert forward >= 3 and len(calls) == forward * (1 + checkpointed), "once, and once more where checkpointed"
     assert counts[3] == counts[2] == counts[1] <= 2 * counts[0], counts
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("way", ["compiled", "compiled, checkpointed"])
+def test_what_inductor_compiles_has_the_same_gradients(
+    way: str, model: LaViT, whole_lab: Any, samples: list[Sample]
+) -> None:
+    """In a process of its own: the compiler starts threads, after which no other test could fork."""
+
+    def work(rank: int) -> None:
+        inductor_config.compile_threads = 1
+        fast = copy.deepcopy(model)
+        WAYS[way](fast)
+        for batch in batches(whole_lab, model, samples)[:2]:
+            same(step(fast, batch), step(model, batch))
+        assert torch._dynamo.utils.counters["inductor"], "it did compile"
+
+    assert launch(work, 1) == [0]
+
+
+def test_no_compiler_is_said_before_the_first_step(model: LaViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp_builder.config.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.raises(UserError, match=r"train\.compile: there is no C\+\+ compiler"):
+        use_kernels(model, TrainSettings(compile=True), CPU)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from laavit.engine.kernels import compile_blocks
 from laavit.registry import STRATEGIES, UserError
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ class Strategy(ABC):
         """
 
     def wrap(self, model: Any, settings: TrainSettings, device: torch.device) -> nn.Module:
-        """What mmengine's Runner runs: a model on its device, checkpointing its activations where settings say so."""
+        """What mmengine's Runner runs: a model on its device, checkpointed and compiled as settings say."""
         if settings.gradient_checkpointing:
             enable_gradient_checkpointing(model)
+        if settings.compile:
+            compile_blocks(model, settings.gradient_checkpointing)
         return self.spread(model, settings, device)
 
     @abstractmethod

@@ -18,7 +18,14 @@ LAVIT = Cell("qwen2_5_vl", "learned", "cosine", ("concept", "trajectory"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"compile": True}, {"loss_rows": 3, "gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compile": True},
+        {"compile": True, "gradient_checkpointing": True},
+        {"loss_rows": 3, "gradient_checkpointing": True},
+    ],
+)
 def test_the_gradients_are_the_same(
     spread_world: World, runs: Any, together: Any, same: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
