@@ -87,7 +87,7 @@ class AttentionContext:
                 raise ValueError(f"pairs name at least one head a layer, counted from 0, got {self.pairs}")
             self.layers = tuple(self._heads)
         self.paths = tuple(path for path in self.paths if path.bias != 0.0 and bool(path.queries.any()))
-        # The one host synchronisation of a forward pass: where the first gated query of the batch stands.
+        # Where the first gated query of the batch stands: the device is waited for once a pass, and not once a layer.
         self.start = min((int(path.queries.any(0).float().argmax()) for path in self.paths), default=0)
         if self.layers is not None:
             if any(layer < 0 for layer in self.layers) and self.num_layers is None:

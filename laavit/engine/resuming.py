@@ -58,7 +58,8 @@ def check_resumable(checkpoint: Path, settings: TrainSettings, sampler: BatchSam
     """Compare a checkpoint with the run that wants to go on from it; returns the steps done."""
     state = read_state(checkpoint)
     before, now = state["settings"], settings.as_dict()
-    for name in FIXED:
+    by_length = settings.bucketing or settings.tokens  # and how long a sample counts depends on what is shared
+    for name in (*FIXED, *(("shared_prefix",) if by_length else ())):
         if before.get(name, 0) != now[name]:  # a run of before it could be said had none
             raise UserError(
                 f"train.{name}: got {now[name]}, but the run in '{checkpoint.parent.parent}' has {before.get(name, 0)}"

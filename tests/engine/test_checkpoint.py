@@ -115,6 +115,16 @@ def test_resuming_with_other_data_or_order_is_refused_and_other_settings_are_tol
     assert "steps 12 -> 14" in caplog.text
 
 
+def test_what_the_lengths_depend_on_is_named_where_the_order_depends_on_lengths(lab, tmp_path):
+    class Known(lab.FakeData):
+        def lengths(self, places):
+            return np.array([[4, 2]] * len(places))
+
+    lab.run(tmp_path, data=Known(24), bucketing=2)
+    with pytest.raises(UserError, match=r"train.shared_prefix: got True, but the run in .* has False"):
+        lab.run(tmp_path, resume=True, data=Known(24), bucketing=2, shared_prefix=True)
+
+
 def test_a_damaged_checkpoint_is_passed_over(lab, tmp_path, caplog):
     made = lab.run(tmp_path)
     weights = made.last / "model.safetensors"
