@@ -16,9 +16,7 @@ from processes import launch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 from torch._inductor import cpp_builder
-from torch.nn.attention import flex_attention as torch_flex
 
-from laavit import flex_attention
 from laavit.backbones.base import collate
 from laavit.cross_entropy import next_token_loss, part_by_part
 from laavit.engine import kernels
@@ -87,9 +85,6 @@ WAYS: dict[str, Callable[[LaViT], None]] = {
     "compiled": compiled,
     "chunked": lambda model: use_kernels(model, TrainSettings(loss_rows=3), CPU),
     "compiled, checkpointed": partial(compiled, gradient_checkpointing=True),
-    "flex": lambda model: model.student.model.set_attn_implementation(
-        {"text_config": "laavit_flex", "vision_config": "sdpa"}
-    ),
 }
 
 
@@ -101,9 +96,6 @@ def test_the_gradients_are_the_same(
 ) -> None:
     """On the CPU, where 'aot_eager' stands for the compiler: dynamo's graphs and autograd's without Triton or C++."""
     monkeypatch.setattr(kernels, "BACKEND", "aot_eager")
-    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(flex_attention, "_gradient", lambda *tensors: False)
     fast = copy.deepcopy(model)
     WAYS[way](fast)
     for batch in batches(whole_lab, model, samples)[: 3 if "checkpointed" in way else 2]:

@@ -11,7 +11,7 @@ import torch
 from combining import STUDENTS, Cell, World, target_of
 
 from laavit.engine.distributed import process_group
-from laavit.engine.strategies import DDP, FSDP2, Single, Strategy
+from laavit.engine.strategies import DDP, FSDP2, Strategy
 from laavit.recipe import apply_overrides, cards
 
 LAVIT = Cell("qwen2_5_vl", "learned", "cosine", ("concept", "trajectory"))
@@ -74,12 +74,7 @@ def test_two_processes_equal_one(spread_world: World, runs: Any, together: Any, 
 
 
 def test_shares_of_one_process(spread_world: World, runs: Any, together: Any, same: Any) -> None:
-    raw = spread_world.recipe(LAVIT)
-    ways = {
-        "single, accumulated, checkpointed": Way(Single(), {"accumulate": 4, "gradient_checkpointing": True}),
-        "fsdp2, accumulated": Way(FSDP2(), {"accumulate": 4}),
-    }
-    compare(runs, together, same, 1, raw, ways)
+    compare(runs, together, same, 1, spread_world.recipe(LAVIT), {"fsdp2": Way(FSDP2(), {"accumulate": 4})})
 
 
 @pytest.mark.slow
