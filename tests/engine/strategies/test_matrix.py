@@ -8,7 +8,7 @@ On are: latents of varying number, the gate on two paths and some layers, the to
 rows, and every registered target but those that compare the samples of a micro-batch (InfoNCE): what these are depends
 on the split. The samples are one to three questions about one or two images of unequal sizes, with answers of unequal
 length. Nothing of the product is refused but FlexAttention, whose gradients PyTorch has on GPUs alone: the test takes
-its plain form (as tests/engine/test_kernels.py does), and makes sure of the refusal.
+its plain form, and makes sure of the refusal.
 """
 
 from __future__ import annotations
