@@ -14,10 +14,11 @@ import torch
 
 from laavit.backbones.base import Backbone
 from laavit.cli import run as cli_run
-from laavit.compatibility import RULES, Parts, check, gate_fits, latents_are_there, rows_are_not_closed
+from laavit.compatibility import RULES, check, gate_fits, latents_are_there, rows_are_not_closed
 from laavit.gates import Gate
 from laavit.model import LaViT, build_targets, check_layers
 from laavit.recipe import Recipe, build_part, cards
+from laavit.recipe_parts import Parts
 from laavit.registry import DATASETS, TARGETS, UserError
 from laavit.structures import Sample
 from laavit.students import HFStudent

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.progress import track
 
 from laavit.commands.common import Parser
-from laavit.compatibility import Parts, check
+from laavit.compatibility import check
 from laavit.files import write_text
 from laavit.paths import project_data
 from laavit.recipe import load_recipe
+from laavit.recipe_parts import Parts
 from laavit.registry import MISTAKES, UserError, mistake
 
 #: folder -> what it holds; in this order
