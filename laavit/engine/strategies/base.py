@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class Strategy(ABC):
     """How a model is spread over the processes of a run.
 
-    Every process builds the whole model; ``wrap`` is called once, after weights are loaded and before the optimizer is
-    made, since it may put other parameters in the place of the model's own.
+    Every process builds the whole model (with ``hands_out`` processes but the first may build its shapes alone);
+    ``wrap`` is called once, after weights are loaded and before the optimizer is made, since it may put other
+    parameters in the place of the model's own.
     """
 
     #: bf16 is autocast's business; False: what ``wrap`` gives computes in it by itself
