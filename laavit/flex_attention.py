@@ -72,20 +72,22 @@ def gate_score(
         for p in paths
     ]
 
-    # Sums alone, which save nothing for a backward pass: PyTorch differentiates this function on the spot, and under
+    # Sums alone, which save nothing for a backward pass: PyTorch differentiates these functions on the spot, and under
     # gradient checkpointing a tensor that is saved here would be asked for, and the block run again, in the middle.
-    def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        if layout is None:
-            for biases, keys in tables:
-                score = score + torch.where(keys[row, key], biases[row, query], 0.0)
-            return score
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        for biases, keys in tables:
+            score = score + torch.where(keys[batch, key], biases[batch, query], 0.0)
+        return score
+
+    def laid_out(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert layout is not None, "of this pass"
         (sample, here), (_, there) = layout.query(row, query), layout.key(row, key)
         for biases, keys in tables:
             bias = torch.where(keys[sample, there.clamp(min=0)], biases[sample, here.clamp(min=0)], 0.0)
             score = score + torch.where(here < 0, 0.0, bias)
         return score
 
-    return score_mod
+    return score_mod if layout is None else laid_out
 
 
 #: batch and index of a query or key -> which sample of the batch, and which of its columns; column -1 pads
