@@ -185,7 +185,7 @@ class Saver:
         told: list[str | None] = [None]
         try:
             work()
-        except Exception as error:
+        except Exception as error:  # tokenizers raises nothing narrower for a full disk; all else goes on
             if not is_of_the_disk(error):
                 raise
             told = [str(error)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from laavit.backbones import Backbone, PromptSettings, collate
 from laavit.backbones.vision_cache import VisionCache
@@ -110,17 +110,18 @@ def test_samples_without_images_are_no_group(backbone: Backbone, samples: list[S
 
 
 def test_what_loading_could_not_make_is_made_before_a_run(project: Path, tmp_path: Path) -> None:
-    """With shares of the tower, or in workers: the same weights as without a cache, and the second run only reads."""
+    """With shares of the tower, or in workers: the same steps as without a cache, and the second run only reads."""
     kept, before = tmp_path / "kept", None
-    words = [str(project), "--train.steps", "2"]
+    words = [str(project), "--train.steps", "2", "--train.log_every", "1"]
     assert cli_run("train", [*words, "--work-dir", str(tmp_path / "plain")]) == 0
     for name, more in (("shares", ["--strategy", "fsdp2"]), ("workers", ["--train.workers", "2"])):
         given = [*words, *more, "--traces.vision_cache", str(kept), "--work-dir", str(tmp_path / name)]
         assert cli_run("train", given) == 0
-        last = "checkpoints/iter_000002/model.safetensors"
-        found, expected = (load_file(tmp_path / run / last) for run in (name, "plain"))
-        for key, tensor in expected.items():
-            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6)
+        # no weights: AdamW's first updates are +-lr even where a gradient is rounding alone (a key's bias)
+        lines = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in (name, "plain")]
+        for found, expected in zip(*([json.loads(line) for line in own] for own in lines), strict=True):
+            for key in ("loss", "ntp", "concept", "trajectory", "grad_norm"):
+                assert found[key] == pytest.approx(expected[key], rel=1e-5), (name, key)
         made = {file: file.stat().st_mtime_ns for file in kept.rglob("*.safetensors")}
         assert made and before in (None, made)
         before = made
